@@ -1,0 +1,183 @@
+"""What a run is made of: the model's parts, the presets, and the options of `train.py`.
+
+Nothing here imports torch, so `--help` and every check of an option are instant. The DeepSpeed JSON owns ZeRO
+stage, offload, precision, clipping and communication; everything else is owned here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+EhrTier = Literal["none", "demographics", "genetics", "cognition", "staging"]
+"""How much of the record the model may read; each tier holds the ones before it. `staging` nearly is the label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The parts of one model. Widths and depths come from the checkpoints, never from here."""
+
+    vision: str
+    """Checkpoint of the frozen 2-D vision transformer: a folder, a hub id, or a made tower such as `tiny/vision`."""
+    qformer: str
+    """Checkpoint that the MedQFormer starts from, with its own tokenizer for the text branch."""
+    language: str
+    """Checkpoint of the language model: any causal or encoder-decoder Hugging Face model."""
+    patch_edge: int = 32
+    """Edge of a cubic 3-D patch in voxels."""
+    num_queries: int = 32
+    """Learned queries, each of which becomes one token for the language model."""
+    contrast_width: int = 256
+    """Width of the space in which images and texts are contrasted."""
+    train_final_layernorm: bool = False
+    """Train the LayerNorm after the last frozen vision block."""
+    lora: bool = True
+    """Adapt the language model with LoRA; otherwise it stays as it was published."""
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    qformer_dropout: float = 0.1
+    max_prompt_tokens: int = 256
+    """Longest prompt; a longer record loses its left part, the question never does."""
+    max_record_tokens: int = 128
+    """Longest record or answer in the MedQFormer's text branch."""
+    activation_checkpointing: bool = False
+    """Recompute the frozen blocks in the backward pass: slower, far less memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_edge", "num_queries", "contrast_width", "lora_rank", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model and the training settings that suit it."""
+
+    model: ModelConfig
+    epochs: int
+    global_batch: int
+    micro_batch: int
+    learning_rate: float
+    weight_decay: float
+
+
+_TINY = ModelConfig(
+    vision="tiny/vision",
+    qformer="tiny/qformer",
+    language="tiny/gpt2",
+    patch_edge=16,
+    contrast_width=64,
+    train_final_layernorm=True,
+    max_prompt_tokens=160,
+    max_record_tokens=96,
+)
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(model=_TINY, epochs=24, global_batch=16, micro_batch=8, learning_rate=1e-3, weight_decay=0.05),
+    "tiny-t5": Preset(
+        model=dataclasses.replace(_TINY, language="tiny/t5"),
+        epochs=24,
+        global_batch=16,
+        micro_batch=8,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+    ),
+}
+"""`tiny` and `tiny-t5` need no download: their towers are made from a seed on this machine (see towers.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train MedBLIP, or go on where `--run` stopped.
+
+    Examples:
+      deepspeed train.py --deepspeed_config ds_configs/zero2.json --preset tiny --data shards/ --run runs/x
+      torchrun --nproc-per-node 8 train.py --deepspeed_config ds_configs/zero2.json --data shards/ --run runs/x
+      python train.py --deepspeed_config ds_configs/zero2.json --data shards/ --run runs/x --dry-run 4
+    """
+
+    data: str
+    """Folder of shards with its index.json, written by `python -m sharding.build`."""
+    run: str
+    """Folder of this run. If it holds a checkpoint, training goes on from it."""
+    deepspeed_config: str
+    """DeepSpeed JSON: ZeRO stage, offload, precision, clipping, communication. See ds_configs/README.md."""
+    preset: str = "tiny"
+    """Model and training settings to start from (tiny, tiny-t5)."""
+    ehr: EhrTier = "demographics"
+    """Fields of the record that the model may read; each tier holds the ones before it."""
+    lora: bool = True
+    """Adapt the language model with LoRA, or leave it frozen."""
+    steps: int | None = None
+    """Optimizer steps. Without it: the preset's epochs."""
+    global_batch: int | None = None
+    """Samples per optimizer step over all ranks. Without it: the preset's, reduced to fit tiny data."""
+    micro_batch: int | None = None
+    """Samples per rank and forward pass. Without it: the preset's, reduced to fit the global batch."""
+    learning_rate: float | None = None
+    """Peak learning rate. Without it: the preset's."""
+    weight_decay: float | None = None
+    warmup_fraction: float = 0.1
+    """Share of the steps during which the learning rate rises linearly; then it falls as a cosine."""
+    dropout: float | None = None
+    """Replaces every dropout rate of the trained parts (MedQFormer, LoRA); 0 makes layouts comparable."""
+    contrastive: bool = True
+    """Train the image-record and image-answer contrast beside the language loss."""
+    augment: bool = True
+    """Light augmentation on the device: left-right flip, shift, intensity."""
+    record_dropout: float = 0.3
+    """Probability that a sample's whole record is left out of the prompt."""
+    field_dropout: float = 0.15
+    """Probability that one field of a record is left out."""
+    query_dropout: float = 0.1
+    """Probability that the image's queries are left out of the prompt."""
+    other_questions: float = 0.2
+    """Share of the samples with a diagnosis that are asked about age or sex instead."""
+    seed: int = 0
+    checkpoint_every: int = 500
+    """Steps between checkpoints. Training always ends with one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    read_threads: int = 2
+    """Threads per rank that read and decompress volumes."""
+    wandb: str | None = None
+    """Project name for Weights & Biases (needs the `wandb` extra; WANDB_MODE=offline works). Off without it."""
+    dry_run: int = 0
+    """Show this many samples as the model gets them, with pictures, and stop."""
+    local_rank: int = -1
+    """Given by the DeepSpeed launcher; the environment is what counts."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(unknown("preset", self.preset, PRESETS))
+        counts = ("steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every")
+        shares = ("record_dropout", "field_dropout", "query_dropout", "other_questions", "warmup_fraction", "dropout")
+        for names, fits, rule in (
+            (counts, lambda value: value >= 1, "must be at least 1"),
+            (shares, lambda value: 0 <= value < 1, "must be in [0, 1)"),
+            (("learning_rate", "weight_decay", "dry_run"), lambda value: value >= 0, "must not be negative"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise ValueError(f"--{name.replace('_', '-')} {rule}, not {value}")
+
+    def model_config(self) -> ModelConfig:
+        """The preset's model with this run's options applied."""
+        model = dataclasses.replace(PRESETS[self.preset].model, lora=self.lora)
+        if self.dropout is not None:
+            model = dataclasses.replace(model, qformer_dropout=self.dropout, lora_dropout=self.dropout)
+        return model
+
+
+def unknown(what: str, value: str, known: Iterable[str]) -> str:
+    """An error text for an unknown name, with the nearest right one."""
+    nearest = difflib.get_close_matches(value, list(known), n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    return f"unknown {what} '{value}'{hint} (known: {', '.join(known)})"

@@ -1,0 +1,146 @@
+"""The language model: reads a prompt and the image's queries, and answers. Frozen, or adapted with LoRA.
+
+B batch, T prompt tokens, Q queries, S = T + Q prefix, A answer tokens, C query width, E language width. One prefix
+serves training, scoring and generation, for decoder-only and encoder-decoder models alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LORA_TARGETS = {"gpt2": ["c_attn"], "t5": ["q", "v"], "biogpt": ["q_proj", "v_proj"]}
+"""Linear layers that LoRA adapts, by model type; for any other model, all of them."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the language model reads before the answer: embeddings `B S E` and their mask (True = read)."""
+
+    embeddings_BSE: Tensor
+    is_read_BS: Tensor
+
+
+class Language(nn.Module):
+    """A Hugging Face language model behind one interface: prefix, token log-likelihoods, generation."""
+
+    def __init__(self, pretrained: nn.Module, query_width: int, lora: bool, rank: int, alpha: int, dropout: float):
+        """
+        Args:
+            pretrained: a causal or encoder-decoder model.
+            query_width: width of the query tokens.
+            lora: adapt with LoRA of this `rank`, `alpha` and `dropout`; else every weight stays frozen.
+        """
+        super().__init__()
+        self.is_encoder_decoder = bool(pretrained.config.is_encoder_decoder)
+        self.accepts_positions = "position_ids" in inspect.signature(pretrained.forward).parameters
+        width = pretrained.get_input_embeddings().embedding_dim
+        self.lm = pretrained.requires_grad_(False)
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            kind = pretrained.config.model_type
+            self.lm = get_peft_model(
+                pretrained,
+                LoraConfig(
+                    r=rank,
+                    lora_alpha=alpha,
+                    lora_dropout=dropout,
+                    target_modules=LORA_TARGETS.get(kind, "all-linear"),
+                    fan_in_fan_out=kind == "gpt2",
+                    task_type="SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM",
+                ),
+                autocast_adapter_dtype=False,  # one dtype in the model: ZeRO-3 cannot gather a mixture
+            )
+        self.projection = nn.Linear(query_width, width)
+
+    def prefix(self, queries_BQC: Tensor, use_queries_B: Tensor, prompt_ids_BT: Tensor, is_prompt_BT: Tensor) -> Prefix:
+        """[prompt, queries] with all padding on the left, so that the answer follows what was read at once.
+
+        Where `use_queries_B` is False the queries are left out: they move to the left end and count as padding.
+        Prompts must be padded on the left.
+        """
+        prompt_BTE = self.lm.get_input_embeddings()(prompt_ids_BT)
+        queries_BQE = self.projection(queries_BQC).to(prompt_BTE.dtype)
+        num_queries = queries_BQC.shape[1]
+        embeddings_BSE = torch.cat([prompt_BTE, queries_BQE], dim=1)
+        is_query_BQ = use_queries_B[:, None].expand(-1, num_queries)
+        is_read_BS = torch.cat([is_prompt_BT, is_query_BQ], dim=1)
+        position_S = torch.arange(is_read_BS.shape[1], device=is_read_BS.device)
+        shift_B1 = torch.where(use_queries_B, 0, num_queries)[:, None]
+        source_BS = (position_S[None] - shift_B1) % is_read_BS.shape[1]
+        return Prefix(
+            embeddings_BSE.gather(1, source_BS[..., None].expand_as(embeddings_BSE)), is_read_BS.gather(1, source_BS)
+        )
+
+    def forward(
+        self,
+        queries_BQC: Tensor,
+        use_queries_B: Tensor,
+        prompt_ids_BT: Tensor,
+        is_prompt_BT: Tensor,
+        answer_ids_BA: Tensor,
+        is_answer_BA: Tensor,
+    ) -> Tensor:
+        """Log-likelihood of each answer token given all before it, `B A` in float32; 0 on padding.
+
+        Answers are padded on the right and include the end token.
+        """
+        prefix = self.prefix(queries_BQC, use_queries_B, prompt_ids_BT, is_prompt_BT)
+        if self.is_encoder_decoder:
+            start = self.lm.config.decoder_start_token_id
+            shifted_BA = torch.cat([torch.full_like(answer_ids_BA[:, :1], start), answer_ids_BA[:, :-1]], dim=1)
+            logits_BAV = self.lm(
+                inputs_embeds=prefix.embeddings_BSE,
+                attention_mask=prefix.is_read_BS.long(),
+                decoder_input_ids=shifted_BA,
+                use_cache=False,
+            ).logits
+        else:
+            answer_BAE = self.lm.get_input_embeddings()(answer_ids_BA)
+            mask = torch.cat([prefix.is_read_BS, is_answer_BA], dim=1).long()
+            positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self.accepts_positions else {}
+            num_answer = answer_ids_BA.shape[1]
+            logits_BAV = self.lm(
+                inputs_embeds=torch.cat([prefix.embeddings_BSE, answer_BAE], dim=1),
+                attention_mask=mask,
+                logits_to_keep=num_answer + 1,
+                use_cache=False,
+                **positions,
+            ).logits[:, :-1]
+        logp_BA = logits_BAV.float().log_softmax(-1).gather(-1, answer_ids_BA[..., None])[..., 0]
+        return logp_BA.masked_fill(~is_answer_BA, 0.0)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        queries_BQC: Tensor,
+        use_queries_B: Tensor,
+        prompt_ids_BT: Tensor,
+        is_prompt_BT: Tensor,
+        end_token_id: int,
+        pad_token_id: int,
+        max_new_tokens: int = 48,
+    ) -> tuple[Tensor, Tensor]:
+        """Greedy answers: token ids `B A`, padded on the right, and the log-likelihood of each, `B A`."""
+        prefix = self.prefix(queries_BQC, use_queries_B, prompt_ids_BT, is_prompt_BT)
+        output = self.lm.generate(
+            inputs_embeds=prefix.embeddings_BSE,
+            attention_mask=prefix.is_read_BS.long(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=end_token_id,
+            pad_token_id=pad_token_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        logits_BAV = torch.stack(output.logits, dim=1).float()
+        answer_ids_BA = output.sequences[:, -logits_BAV.shape[1] :]
+        logp_BA = logits_BAV.log_softmax(-1).gather(-1, answer_ids_BA[..., None])[..., 0]
+        ended_BA = (answer_ids_BA == end_token_id).cumsum(1)
+        is_answer_BA = (ended_BA == 0) | ((ended_BA == 1) & (answer_ids_BA == end_token_id))
+        return answer_ids_BA.masked_fill(~is_answer_BA, pad_token_id), logp_BA.masked_fill(~is_answer_BA, 0.0)

@@ -1,0 +1,72 @@
+"""The two objectives as functions of tensors.
+
+B samples of this rank, G samples of all ranks, Q queries, K contrastive width, A answer tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medblip.distributed import gather, world_size
+
+
+def contrastive_loss(
+    image_BQK: Tensor,
+    text_BK: Tensor,
+    groups_BN: Tensor,
+    is_valid_B: Tensor,
+    temperature: Tensor,
+    smoothing: float = 0.1,
+) -> Tensor:
+    """Image-text contrast in both directions, with the negatives of all ranks and several positives per row.
+
+    The similarity of an image and a text is the largest over the image's queries, divided by the temperature. The
+    target of a row is uniform over its positives, smoothed over all valid texts; with all texts distinct this is the
+    usual cross-entropy with label smoothing. Features are normalised here, in float32.
+
+    Args:
+        image_BQK: one feature per query. The gradient reaches the features of every rank.
+        text_BK: one feature per text.
+        groups_BN: int64; texts that agree in any of the N columns are positives of each other. The first column
+            is the text itself.
+        is_valid_B: samples that have a text. The others are neither anchors nor negatives.
+
+    Returns:
+        This rank's share: its mean over the ranks is the loss of the whole batch. Exactly 0, with a zero
+        gradient, where fewer than two distinct texts are present.
+
+    Source: BLIP-2's ITC (arXiv 2301.12597, section 3.1) with soft targets.
+    """
+    image_BQK = torch.nn.functional.normalize(image_BQK.float(), dim=-1)
+    text_BK = torch.nn.functional.normalize(text_BK.float(), dim=-1)
+    image_GQK, text_GK = gather(image_BQK), gather(text_BK)
+    with torch.no_grad():
+        groups_GN, is_valid_G = gather(groups_BN), gather(is_valid_B.to(torch.uint8)).bool()
+        num_valid = is_valid_G.sum()
+        enough = torch.unique(groups_GN[is_valid_G, 0]).numel() >= 2
+        is_positive_BG = (groups_BN[:, None] == groups_GN[None]).any(-1) & is_valid_G[None]
+        target_BG = is_positive_BG / is_positive_BG.sum(1, keepdim=True).clamp(min=1)
+        target_BG = (1 - smoothing) * target_BG + smoothing * is_valid_G / num_valid.clamp(min=1)
+        # Every rank averages over its own rows; weighting by the count of all makes the ranks' mean exact.
+        weight_B = is_valid_B * (world_size() / num_valid.clamp(min=1)) * float(enough)
+    temperature = temperature.float().clamp(0.01, 0.5)
+    image_to_text_BG = torch.einsum("bqk,gk->bgq", image_BQK, text_GK).amax(-1) / temperature
+    text_to_image_BG = torch.einsum("bk,gqk->bgq", text_BK, image_GQK).amax(-1) / temperature
+    loss = 0.0
+    for similarity_BG in (image_to_text_BG, text_to_image_BG):
+        similarity_BG = similarity_BG.masked_fill(~is_valid_G[None], -1e4)
+        loss = loss - 0.5 * (weight_B * (target_BG * similarity_BG.log_softmax(-1)).sum(-1)).sum()
+    return loss
+
+
+def language_loss(logp_BA: Tensor, is_answer_BA: Tensor) -> Tensor:
+    """Negative log-likelihood of the answers: mean over a sample's tokens, then over the samples that have one.
+
+    As in `contrastive_loss`, the mean over the ranks is the loss of the whole batch.
+    """
+    num_tokens_B = is_answer_BA.sum(1)
+    has_answer_B = num_tokens_B > 0
+    num_answers = gather(has_answer_B.to(logp_BA.dtype).detach()).sum().clamp(min=1)
+    per_sample_B = -logp_BA.sum(1) / num_tokens_B.clamp(min=1)
+    return (per_sample_B * has_answer_B).sum() * (world_size() / num_answers)

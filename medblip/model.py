@@ -1,0 +1,181 @@
+"""MedBLIP whole: volume -> vision tower -> MedQFormer -> language model, with the contrast beside it.
+
+B samples of this rank, X Y Z voxels (RAS+), P patches, Q queries, C width, T prompt tokens, A answer tokens.
+Source: arXiv 2305.10799. The published model is the special case of one rank with all texts distinct.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from medblip import towers
+from medblip.config import ModelConfig
+from medblip.data import Batch
+from medblip.distributed import log
+from medblip.language import Language
+from medblip.losses import contrastive_loss, language_loss
+from medblip.qformer import MedQFormer
+from medblip.vision import VisionTower
+
+
+class Contrast(nn.Module):
+    """Projections into the shared space, one temperature, and the two contrastive terms."""
+
+    def __init__(self, width: int, contrast_width: int):
+        super().__init__()
+        self.image_projection = nn.Linear(width, contrast_width)
+        self.record_projection = nn.Linear(width, contrast_width)
+        self.statement_projection = nn.Linear(width, contrast_width)
+        self.temperature = nn.Parameter(torch.tensor([0.07]))
+
+    def forward(
+        self, queries_BQC: Tensor, record_BC: Tensor, statement_BC: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Image-record and image-answer contrast."""
+        image_BQK = self.image_projection(queries_BQC)
+        terms = (
+            (self.record_projection(record_BC), batch.record_groups_BN, batch.is_record_BT),
+            (self.statement_projection(statement_BC), batch.statement_groups_BN, batch.is_statement_BT),
+        )
+        record, statement = (
+            contrastive_loss(image_BQK, text_BK, groups_BN, is_text_BT[:, 0], self.temperature)
+            for text_BK, groups_BN, is_text_BT in terms
+        )
+        return record, statement
+
+
+class MedBLIP(nn.Module):
+    """The model as one module tree: `vision`, `qformer`, `contrast`, `language`."""
+
+    def __init__(self, config: ModelConfig, grid_size: int, device: torch.device, bundled=None):
+        """
+        Args:
+            config: the parts.
+            grid_size: voxels along each edge of a volume, from the shards' recipe.
+            device: where it will run, which decides the attention kernel.
+            bundled: folder of an exported model that holds its own towers.
+
+        Raises:
+            ValueError: if the parts do not fit together.
+        """
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForSeq2SeqLM,
+            Blip2QFormerModel,
+            Blip2VisionModel,
+        )
+
+        super().__init__()
+        vision, qformer, language = (
+            towers.locate(source, bundled) for source in (config.vision, config.qformer, config.language)
+        )
+        attention = {name: resolve_attention(name, device) for name in ("vision", "qformer", "language")}
+        tower = _load(Blip2VisionModel, vision, attention["vision"])
+        self.vision = VisionTower(tower, grid_size, config.patch_edge, config.train_final_layernorm)
+        self.qformer = MedQFormer(
+            _load(
+                Blip2QFormerModel,
+                qformer,
+                attention["qformer"],
+                hidden_dropout_prob=config.qformer_dropout,
+                attention_probs_dropout_prob=config.qformer_dropout,
+            ),
+            self.vision.width,
+            config.num_queries,
+        )
+        self.contrast = Contrast(self.qformer.width, config.contrast_width)
+        is_seq2seq = AutoConfig.from_pretrained(language).is_encoder_decoder
+        lm = _load(AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM, language, attention["language"])
+        self.language = Language(
+            lm, self.qformer.width, config.lora, config.lora_rank, config.lora_alpha, config.lora_dropout
+        )
+        if config.activation_checkpointing:
+            tower.activation_checkpointing_enable()
+            lm.activation_checkpointing_enable()
+        self.attention = attention
+
+    def forward(self, batch: Batch, contrastive: bool = True) -> dict[str, Tensor]:
+        """Losses of a micro-batch: `loss` = `loss_itc` (image-record + image-answer) + `loss_lm`."""
+        queries_BQC = self.qformer(self.vision(batch.volume_BXYZ))
+        logp_BA = self.language(
+            queries_BQC,
+            batch.use_queries_B,
+            batch.prompt_ids_BT,
+            batch.is_prompt_BT,
+            batch.answer_ids_BA,
+            batch.is_answer_BA,
+        )
+        losses = {"loss_lm": language_loss(logp_BA, batch.is_answer_BA)}
+        if contrastive:
+            record_BC = self.qformer.read_text(batch.record_ids_BT, batch.is_record_BT)
+            statement_BC = self.qformer.read_text(batch.statement_ids_BT, batch.is_statement_BT)
+            record, statement = self.contrast(queries_BQC, record_BC, statement_BC, batch)
+            losses |= {"loss_itc": record + statement, "loss_itc_record": record, "loss_itc_answer": statement}
+        losses["loss"] = losses["loss_lm"] + losses.get("loss_itc", 0.0)
+        return losses
+
+    def frozen_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the towers as they came, by which a checkpoint knows what it was trained on."""
+        lm = self.language.lm
+        base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+        frozen = {"vision": self.vision.encoder, "language": base}
+        return {name: towers.fingerprint(_Frozen(module)) for name, module in frozen.items()}
+
+
+class _Frozen:
+    """A module's frozen parameters under the names they had before LoRA wrapped them."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def named_parameters(self):
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                yield name.replace(".base_layer.", "."), parameter
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def resolve_attention(part: str, device: torch.device) -> str:
+    """The fastest attention kernel for a part: flash-attn where it is installed and possible, else SDPA.
+
+    On a CPU the explicit product is fastest: SDPA's bf16 backward is several times slower there.
+    """
+    if device.type == "cpu":
+        return "eager"
+    from transformers.utils import is_flash_attn_2_available
+
+    has_kernel = (
+        part != "qformer" and is_flash_attn_2_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    return "flash_attention_2" if has_kernel else "sdpa"
+
+
+def _load(kind, source: str, attention: str, **overrides):
+    """`from_pretrained`, strict: every weight the model expects must be in the checkpoint."""
+    if attention == "flash_attention_2" and not _supports_flash(kind, source):
+        attention = "sdpa"
+    model, info = kind.from_pretrained(
+        source, attn_implementation=attention, output_loading_info=True, dtype=torch.float32, **overrides
+    )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ValueError(
+            f"{source}: {len(info['missing_keys'])} weights are missing from the checkpoint ({missing}, ...)"
+        )
+    log.info("%s: %s, %.1f M parameters, attention %s", source, kind.__name__, model.num_parameters() / 1e6, attention)
+    return model
+
+
+def _supports_flash(kind, source: str) -> bool:
+    from transformers import AutoConfig
+
+    model_class = (
+        kind if hasattr(kind, "_supports_flash_attn") else kind._model_mapping[type(AutoConfig.from_pretrained(source))]
+    )
+    return bool(model_class._supports_flash_attn)

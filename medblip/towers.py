@@ -1,0 +1,220 @@
+"""Checkpoints of the three pretrained parts: found, made (tiny) and fingerprinted.
+
+A tower is a checkpoint folder or a hub id. The names `tiny/vision`, `tiny/qformer`, `tiny/gpt2` and `tiny/t5` stand
+for small towers that are made on this machine, once, from a seed and the wording of text.py, never from anybody's
+records: so that the whole way runs on a CPU without a download. They are kept under `MEDBLIP_HOME` (default
+`~/.cache/medblip`) in a folder named by the hash of their recipe, and are then read like any other checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import torch
+
+from medblip import text
+from medblip.config import unknown
+from medblip.distributed import locked, log
+
+TINY = {
+    "seed": 0,
+    "corpus_texts": 4000,
+    "language_steps": 300,
+    "language_batch": 16,
+    "vision": {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "initializer_range": 0.2,
+        "qkv_bias": True,
+    },
+    "qformer": {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "cross_attention_frequency": 1,
+        "encoder_hidden_size": 96,
+        "initializer_range": 0.1,
+        "max_position_embeddings": 128,
+    },
+    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "t5": {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4},
+}
+
+
+def home() -> Path:
+    """Where made towers are kept: `MEDBLIP_HOME`, else `~/.cache/medblip`."""
+    return Path(os.environ.get("MEDBLIP_HOME", "~/.cache/medblip")).expanduser()
+
+
+def locate(source: str, bundled: Path | None = None) -> str:
+    """Turns a tower's name into what `from_pretrained` reads, making a tiny tower where needed.
+
+    Args:
+        source: a checkpoint folder, a hub id, or `tiny/NAME`.
+        bundled: folder of an exported model that may hold the tower itself.
+
+    Raises:
+        ValueError: for a tiny tower that does not exist.
+    """
+    if bundled is not None and (bundled / "towers" / source).is_dir():
+        return str(bundled / "towers" / source)
+    return str(make_tiny(source.removeprefix("tiny/"))) if source.startswith("tiny/") else source
+
+
+def make_tiny(name: str) -> Path:
+    """The folder of one tiny tower; made first if it is not there yet (up to half a minute)."""
+    if name not in MAKERS:
+        raise ValueError(unknown("tiny tower", name, MAKERS))
+    recipe = json.dumps(TINY, sort_keys=True) + inspect.getsource(text) + inspect.getsource(MAKERS[name])
+    folder = home() / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}" / name
+    if folder.exists():
+        return folder
+    with locked(folder.with_name(f".{name}.lock")):
+        if not folder.exists():
+            log.info("making the tower tiny/%s in %s (once)", name, folder)
+            unfinished = folder.with_name(f".{name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            # The caller's random state must not depend on whether the tower was there already.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(TINY["seed"])
+                MAKERS[name](unfinished)
+            os.replace(unfinished, folder)
+    return folder
+
+
+def _corpus() -> list[tuple[str, str, str]]:
+    draw = random.Random(TINY["seed"])
+    return [text.template_text(draw) for _ in range(TINY["corpus_texts"])]
+
+
+def _make_vision(folder: Path) -> None:
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    Blip2VisionModel(Blip2VisionConfig(**TINY["vision"])).save_pretrained(folder)
+
+
+def _make_qformer(folder: Path) -> None:
+    from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+    tokenizer = _tokenizer(_corpus(), pad="[PAD]", end="[SEP]", start="[CLS]", append_end=True)
+    config = Blip2QFormerConfig(
+        **TINY["qformer"],
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        use_qformer_text_input=True,
+    )
+    Blip2QFormerModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _make_gpt2(folder: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    corpus = _corpus()
+    tokenizer = _tokenizer(corpus, pad="<|pad|>", end="<|end|>")
+    config = GPT2Config(
+        **TINY["gpt2"],
+        vocab_size=len(tokenizer),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    _teach(GPT2LMHeadModel(config), tokenizer, corpus, folder)
+
+
+def _make_t5(folder: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    corpus = _corpus()
+    tokenizer = _tokenizer(corpus, pad="<pad>", end="</s>", append_end=True)
+    config = T5Config(
+        **TINY["t5"],
+        vocab_size=len(tokenizer),
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    _teach(T5ForConditionalGeneration(config), tokenizer, corpus, folder)
+
+
+MAKERS = {"vision": _make_vision, "qformer": _make_qformer, "gpt2": _make_gpt2, "t5": _make_t5}
+
+
+def _tokenizer(corpus: list[tuple[str, str, str]], pad: str, end: str, start: str = "", append_end: bool = False):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token in (pad, end, start) if token]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        (" ".join(texts) for texts in corpus),
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    if append_end:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A {end}".strip(),
+            special_tokens=[(token, tokenizer.token_to_id(token)) for token in special],
+        )
+    names = {"pad_token": pad, "eos_token": end}
+    if start:
+        names |= {"cls_token": start, "sep_token": end}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def _teach(model, tokenizer, corpus: list[tuple[str, str, str]], folder: Path) -> None:
+    """Language modelling on prompt + hint -> answer; the hint stands where the image's queries will stand."""
+    draw = random.Random(TINY["seed"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    steps = TINY["language_steps"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    model.train()
+    for _ in range(steps):
+        texts = draw.sample(corpus, TINY["language_batch"])
+        prompts = [f"{prompt} {hint}" for hint, prompt, _ in texts]
+        if model.config.is_encoder_decoder:
+            inputs = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+            labels = tokenizer([answer for *_, answer in texts], padding=True, return_tensors="pt").input_ids
+        else:
+            whole = [f"{p} {answer}{tokenizer.eos_token}" for p, (*_, answer) in zip(prompts, texts, strict=True)]
+            inputs = tokenizer(whole, padding=True, return_tensors="pt", return_token_type_ids=False)
+            labels = inputs.input_ids
+        loss = model(**inputs, labels=labels.masked_fill(labels == tokenizer.pad_token_id, -100)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    log.info("  taught the wording to %s: loss %.3f after %d steps", type(model).__name__, loss.item(), steps)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """First 16 hex digits of sha256 over names, shapes and bf16 values of a module's parameters.
+
+    bf16, because that is how frozen weights are held whatever the checkpoint's own precision.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(values.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().data)
+    return digest.hexdigest()[:16]
