@@ -1,0 +1,155 @@
+"""What a run writes down and shows while it trains: the run folder, metrics.jsonl, a line to read, wandb.
+
+Numbers and sample KEYs only; never the text of a record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from medblip.config import TrainConfig
+from medblip.distributed import log
+
+# Options that may change when a run goes on: none of them changes what is learned.
+FREE_ON_RESUME = {
+    "data", "run", "deepspeed_config", "micro_batch", "checkpoint_every", "keep_checkpoints",
+    "log_every", "read_threads", "wandb", "dry_run", "local_rank",
+}  # fmt: skip
+
+
+def lock(run: Path):
+    """Locks a run folder for this job; the lock lives as long as the returned file is open.
+
+    Raises:
+        ValueError: if another job holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    file = open(run / ".lock", "w")  # noqa: SIM115 - open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{run}: another job is training here; wait for it, stop it, or take another --run") from None
+    return file
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that is never seen half-written."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def check_same_run(stored: dict[str, Any], config: TrainConfig) -> None:
+    """Refuses to go on with a run under options that change what is learned.
+
+    Raises:
+        ValueError: naming each option with its old and new value.
+    """
+    now = dataclasses.asdict(config)
+    differing = [
+        f"--{name.replace('_', '-')} was {stored.get(name)}, now {now[name]}"
+        for name in now
+        if name not in FREE_ON_RESUME and stored.get(name) != now[name]
+    ]
+    if differing:
+        raise ValueError(f"{config.run} was begun with other options: {'; '.join(differing)}; take another --run")
+
+
+class Progress:
+    """The record of a run's steps, on rank 0; the other ranks have none."""
+
+    def __init__(self, run: Path, config: TrainConfig, first_step: int, steps: int, global_batch: int):
+        """Cuts metrics.jsonl back to the steps before `first_step`, so that each step stands in it once."""
+        self.steps, self.global_batch = steps, global_batch
+        self._path = run / "metrics.jsonl"
+        _cut_back(self._path, first_step)
+        self._file = open(self._path, "a")  # noqa: SIM115 - open as long as the run
+        self._first_step, self._started_at = first_step, time.monotonic()
+        self._logged_at, self._logged_step = self._started_at, first_step
+        self._shown_at = 0.0
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=True)
+        self._wandb = _start_wandb(run, config, first_step) if config.wandb else None
+
+    def step(self, step: int, losses: dict[str, float], lr: float, epoch: float, waited_s: float) -> None:
+        """Writes down one optimizer step (counted from 1); `waited_s` is the time spent waiting for data."""
+        now = time.monotonic()
+        elapsed_s = now - self._logged_at
+        record = {
+            "step": step,
+            **losses,
+            "lr": lr,
+            "samples_per_s": round((step - self._logged_step) * self.global_batch / elapsed_s, 3),
+            "data_wait_fraction": round(min(1.0, waited_s / elapsed_s), 4),
+            "epoch": round(epoch, 4),
+        }
+        self._logged_at, self._logged_step = now, step
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({name: value for name, value in record.items() if name != "step"}, step=step)
+        left_s = (now - self._started_at) / (step - self._first_step) * (self.steps - step)
+        parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
+        line = f"{parts} | {record['samples_per_s']:.1f} samples/s, waiting for data {record['data_wait_fraction']:.0%}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(line, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now - self._shown_at > 10 or step in (self._first_step + 1, self.steps):
+            # A log file needs a line now and then, not one a step.
+            self._shown_at = now
+            log.info("step %d/%d | %s | %s left", step, self.steps, line, _duration(left_s))
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+def _cut_back(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # torn by a kill: everything after it is redone anyway
+            break
+        if record["step"] <= first_step:
+            kept.append(line + "\n")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text("".join(kept))
+    os.replace(unfinished, path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{seconds:02d} min"
+
+
+def _start_wandb(run: Path, config: TrainConfig, first_step: int):
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs the wandb extra: pip install 'medblip[wandb]'") from None
+    if os.environ.get("WANDB_MODE") != "offline" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        log.warning("wandb is off: no WANDB_API_KEY (WANDB_MODE=offline keeps the curves in the run folder)")
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    shown = {name: value for name, value in dataclasses.asdict(config).items() if name != "local_rank"}
+    return wandb.init(
+        project=config.wandb, dir=run, name=run.name, id=run.name, resume="allow" if first_step else None, config=shown
+    )

@@ -1,0 +1,96 @@
+"""How a run divides its data into steps, and the batch sizes that DeepSpeed is told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medblip.config import PRESETS, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a run divides its data into steps; worked out once, stored, and kept on resume."""
+
+    steps: int
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    warmup_steps: int
+    learning_rate: float
+    weight_decay: float
+
+    @property
+    def contrastive_batch(self) -> int:
+        """Samples contrasted with each other: those of one micro-step over all ranks."""
+        return self.global_batch // self.accumulation
+
+
+def plan_schedule(config: TrainConfig, num_samples: int, world_size: int) -> tuple[Schedule, list[str]]:
+    """Divides `num_samples` into optimizer steps for `world_size` ranks.
+
+    Returns the schedule and what a person should be told about it.
+
+    Raises:
+        ValueError: if the ranks and the micro-batch do not divide the global batch.
+    """
+    preset = PRESETS[config.preset]
+    notes = []
+    global_batch = config.global_batch
+    if global_batch is None:
+        unit = world_size * (config.micro_batch or 1)
+        global_batch = max(unit, preset.global_batch - preset.global_batch % unit)
+        if global_batch > num_samples:
+            global_batch = max(unit, num_samples - num_samples % unit)
+            notes.append(f"global batch {global_batch}: the data has only {num_samples} training samples")
+    if global_batch % world_size:
+        raise ValueError(f"--global-batch {global_batch} is not a multiple of the {world_size} ranks")
+    per_rank = global_batch // world_size
+    micro = config.micro_batch
+    if micro is None:
+        micro = max(size for size in range(1, min(preset.micro_batch, per_rank) + 1) if per_rank % size == 0)
+    elif per_rank % micro:
+        raise ValueError(
+            f"--global-batch {global_batch} over {world_size} ranks is {per_rank} samples a rank, "
+            f"which --micro-batch {micro} does not divide"
+        )
+    steps = config.steps or -(-preset.epochs * num_samples // global_batch)
+    if config.steps is None:
+        notes.append(f"{steps} steps: {preset.epochs} epochs of {num_samples} samples in batches of {global_batch}")
+    return (
+        Schedule(
+            steps=steps,
+            global_batch=global_batch,
+            micro_batch=micro,
+            accumulation=per_rank // micro,
+            warmup_steps=max(1, round(config.warmup_fraction * steps)),
+            learning_rate=preset.learning_rate if config.learning_rate is None else config.learning_rate,
+            weight_decay=preset.weight_decay if config.weight_decay is None else config.weight_decay,
+        ),
+        notes,
+    )
+
+
+def load_deepspeed_config(path: str | Path, schedule: Schedule) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON and writes the batch sizes into it.
+
+    Raises:
+        ValueError: if the file is not JSON, holds an optimizer or scheduler, or says other batch sizes.
+    """
+    try:
+        engine = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--deepspeed_config {path}: cannot be read as JSON ({error})") from None
+    for key in ("optimizer", "scheduler"):
+        if key in engine:
+            raise ValueError(f"{path}: remove '{key}': train.py owns the optimizer and the learning rate")
+    for key, value in {
+        "train_batch_size": schedule.global_batch,
+        "train_micro_batch_size_per_gpu": schedule.micro_batch,
+        "gradient_accumulation_steps": schedule.accumulation,
+    }.items():
+        if engine.setdefault(key, value) != value:
+            raise ValueError(f"{path}: {key} is {engine[key]}, but this run needs {value}; remove it from the file")
+    return engine
