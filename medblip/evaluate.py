@@ -1,0 +1,333 @@
+"""How well a trained model tells diagnoses apart on scans of subjects it has never seen.
+
+1. refuse what would make the numbers wrong: a subject seen in training, volumes of another recipe, a higher tier;
+2. encode every scan once;
+3. ask for the diagnosis in each arm: with and without the record, with and without the image, or with another
+   subject's image, so that it shows which of the two an answer comes from;
+4. score each cohort by itself and write the report.
+
+Sample KEYs, cohort names and numbers come out; the text of a record never does.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from medblip.config import EhrTier
+from medblip.text import DIAGNOSIS_ANSWERS, DIAGNOSIS_QUESTION, TIER_FIELDS, render_prompt, render_record
+
+if TYPE_CHECKING:  # importing torch takes seconds, and `--help` must not wait for it
+    from torch import Tensor
+
+    from medblip.data import Reader, Sample, ShardIndex
+    from medblip.inference import Assistant
+
+
+class Arm(NamedTuple):
+    """What the model reads of a scan: the record, and whose image."""
+
+    record: bool
+    image: Literal["own scan", "another subject's scan", "no scan"]
+
+
+ARMS = {
+    "image": Arm(record=False, image="own scan"),
+    "text": Arm(record=True, image="no scan"),
+    "both": Arm(record=True, image="own scan"),
+    "shuffled_image": Arm(record=False, image="another subject's scan"),
+    "both_shuffled": Arm(record=True, image="another subject's scan"),
+}
+
+ArmName = Literal["image", "text", "both", "shuffled_image", "both_shuffled"]
+
+OTHER_ANSWER = "other"
+"""Stands in predictions.csv for a written answer that is none of the options: it could repeat the record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Zero-shot diagnosis of the scans of a split, cohort by cohort.
+
+    Examples:
+      medblip evaluate --model runs/x --data shards/ --split test --out evaluation/
+      medblip evaluate --model runs/x --data shards/ --ehr none --arms image shuffled_image --out image-only/
+    """
+
+    model: str
+    """A run folder, or one of its checkpoints."""
+    data: str
+    """Folder of shards, prepared with the recipe that the model was trained on."""
+    split: str = "test"
+    """Split of the shards to evaluate."""
+    out: str = "evaluation"
+    """Folder for report.json, report.md, predictions.csv and confusion.png; made if missing."""
+    ehr: EhrTier | None = None
+    """Fields of the record that the model may read: the run's own tier, or a lower one."""
+    arms: tuple[ArmName, ...] = ("image", "text", "both", "shuffled_image")
+    """What the model reads: the scan, the record, both, or another subject's scan (without or with the record)."""
+    batch: int = 8
+    """Scans at a time."""
+    bootstrap: int = 1000
+    """Draws of subjects for the 95 % intervals."""
+    seed: int = 0
+    """Decides who gets whose scan in the shuffled arms, and the draws."""
+
+    def __post_init__(self) -> None:
+        if not self.arms or len(set(self.arms)) < len(self.arms):
+            raise ValueError(f"--arms needs names that differ, out of {', '.join(ARMS)}; not {self.arms}")
+        if self.batch < 1:
+            raise ValueError(f"--batch must be at least 1, not {self.batch}")
+        if self.bootstrap < 1000:
+            raise ValueError(f"--bootstrap must be at least 1000, not {self.bootstrap}: fewer draws give no interval")
+
+
+class Prediction(NamedTuple):
+    """One scan in one arm: a probability for each class that was offered, and the answer."""
+
+    sample: Sample
+    arm: str
+    probabilities: dict[str, float]
+    answer: str
+
+
+def evaluate(options: EvaluateOptions) -> int:
+    """Evaluates, writes the folder `--out` and prints the table; returns the exit code.
+
+    Raises:
+        ValueError: if the data does not fit the model, or a subject was seen in training.
+    """
+    from medblip.data import Reader, ShardIndex
+    from medblip.distributed import log
+    from medblip.inference import Assistant
+    from medblip.report import plain_table, write_report
+
+    index = ShardIndex(options.data)
+    everyone = index.samples(options.split)
+    samples = [sample for sample in everyone if sample.diagnosis]
+    if not samples:
+        raise ValueError(f"--data {options.data}: no scan of the split '{options.split}' has a diagnosis")
+    assistant = Assistant(options.model)
+    check_unseen(everyone, assistant.train_subjects)
+    check_recipe(index.recipe, assistant.recipe.to_dict())
+    tier = check_tier(options.ehr or assistant.ehr, assistant.ehr)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    reader = Reader(index, threads=2)
+    queries_NQC = encode(assistant, reader, samples, options.batch)
+    records = [_record(reader, sample, tier) for sample in samples]
+    reader.close()
+
+    notes, cohorts, predictions = [], {}, []
+    if len(samples) < len(everyone):
+        notes.append(f"{len(everyone) - len(samples)} of {len(everyone)} scans have no diagnosis and were left out")
+    if tier == "none":
+        notes.append("the tier is none: no arm reads a record")
+    for cohort in sorted({sample.cohort for sample in samples}):
+        rows = [row for row, sample in enumerate(samples) if sample.cohort == cohort]
+        found, more_notes = evaluate_cohort(
+            assistant, [samples[row] for row in rows], queries_NQC[rows], [records[row] for row in rows], options
+        )
+        cohorts[cohort] = score_cohort(found, options)
+        notes += [f"{cohort}: {note}" for note in more_notes]
+        predictions += found
+    for note in notes:
+        log.info(note)
+
+    report = {
+        "model": assistant.name,
+        "split": options.split,
+        "ehr": tier,
+        "arms": {name: ARMS[name]._asdict() for name in options.arms},
+        "cohorts": cohorts,
+        "counts": {"scans": len(everyone), "without_diagnosis": len(everyone) - len(samples), "scored": len(samples)},
+        "notes": notes,
+        "bootstrap": options.bootstrap,
+        "seed": options.seed,
+        "recipe": index.recipe,
+        "split_sha256": _split_sha256(index),
+        "commit": _commit(),
+    }
+    _write_predictions(out / "predictions.csv", predictions)
+    write_report(out, report)
+    print(plain_table(report))
+    print(f"\nwritten to {out}/; begin with report.md")
+    return 0
+
+
+def check_unseen(samples: list[Sample], train_subjects: frozenset[str]) -> None:
+    """Refuses scans of subjects that the model was trained on.
+
+    Raises:
+        ValueError: with the number of such subjects and the first KEYs.
+    """
+    seen = [sample for sample in samples if sample.subject in train_subjects]
+    if seen:
+        raise ValueError(
+            f"{len({sample.subject for sample in seen})} subjects of this split were trained on ({len(seen)} scans: "
+            f"{', '.join(sample.key for sample in seen[:5])}{', ...' if len(seen) > 5 else ''}); "
+            "a score on them says nothing about new subjects"
+        )
+
+
+def check_recipe(data: dict[str, Any], model: dict[str, Any]) -> None:
+    """Refuses volumes that were prepared in another way than the model's.
+
+    Raises:
+        ValueError: naming every parameter that differs, with both values.
+    """
+    differing = [
+        f"{name} is {data.get(name)} in the shards and {model.get(name)} in the model"
+        for name in sorted(data.keys() | model.keys())
+        if data.get(name) != model.get(name)
+    ]
+    if differing:
+        raise ValueError(f"the shards' recipe is not the model's: {'; '.join(differing)}")
+
+
+def check_tier(tier: EhrTier, trained: EhrTier) -> EhrTier:
+    """The tier to evaluate with.
+
+    Raises:
+        ValueError: if it is higher than the one trained with, whose wording is all that the model knows.
+    """
+    order = list(TIER_FIELDS)
+    if order.index(tier) > order.index(trained):
+        raise ValueError(f"--ehr {tier}: the model was trained with {trained}; evaluate with that or a lower tier")
+    return tier
+
+
+def encode(assistant: Assistant, reader: Reader, samples: list[Sample], batch: int) -> Tensor:
+    """The query tokens of every scan, `N Q C`."""
+    import torch
+    from tqdm import tqdm
+
+    starts = range(0, len(samples), batch)
+    queries = []
+    for start in tqdm(starts, desc="encoding", unit="batch", disable=not sys.stderr.isatty()):
+        some = samples[start : start + batch]
+        flat = torch.empty(sum(sample.num_voxels for sample in some), dtype=torch.uint8)
+        reader.volumes(some, flat.numpy())
+        queries.append(assistant.encode(assistant.volumes(flat, some)))
+    return torch.cat(queries)
+
+
+def evaluate_cohort(
+    assistant: Assistant, samples: list[Sample], queries_NQC: Tensor, records: list[str], options: EvaluateOptions
+) -> tuple[list[Prediction], list[str]]:
+    """Asks for the diagnosis of each scan of one cohort in each arm.
+
+    Returns the predictions and what a reader of them should know.
+    """
+    classes = classes_of(samples)
+    offered = classes if len(classes) == 2 else list(DIAGNOSIS_ANSWERS)
+    predictions, notes = [], []
+    if len(classes) == 2:
+        notes.append(f"only {classes[0]} and {classes[1]} occur, so only these two were offered as answers")
+    if len(classes) == 1:
+        notes.append(f"only {classes[0]} occurs, so there is nothing to tell apart and no score")
+    other_N = shuffle_over_subjects([sample.subject for sample in samples], options.seed)
+    for name in options.arms:
+        arm = ARMS[name]
+        image_N = other_N if arm.image == "another subject's scan" else list(range(len(samples)))
+        if not image_N:
+            notes.append(f"there is no other subject, so the arm {name} was left out")
+            continue
+        for start in range(0, len(samples), options.batch):
+            rows = range(start, min(start + options.batch, len(samples)))
+            queries_BQC = queries_NQC[[image_N[row] for row in rows]]
+            texts = [records[row] if arm.record else "" for row in rows]
+            p_BK = assistant.diagnose(queries_BQC, texts, tuple(offered), use_queries=arm.image != "no scan").tolist()
+            if name == "both":
+                written = assistant.answer(queries_BQC, [render_prompt(text, DIAGNOSIS_QUESTION) for text in texts])
+                answers = [answer if answer in DIAGNOSIS_ANSWERS.values() else OTHER_ANSWER for answer in written]
+            else:
+                answers = [DIAGNOSIS_ANSWERS[offered[p_K.index(max(p_K))]] for p_K in p_BK]
+            predictions += [
+                Prediction(samples[row], name, dict(zip(offered, p_K, strict=True)), answer)
+                for row, p_K, answer in zip(rows, p_BK, answers, strict=True)
+            ]
+    return predictions, notes
+
+
+def classes_of(samples: list[Sample]) -> list[str]:
+    """The diagnoses that occur, in the order of DIAGNOSIS_ANSWERS."""
+    return [name for name in DIAGNOSIS_ANSWERS if any(sample.diagnosis == name for sample in samples)]
+
+
+def shuffle_over_subjects(subjects: list[str], seed: int) -> list[int]:
+    """For each scan the row of a scan of another subject; empty where there is only one subject.
+
+    Everybody gives to one and takes from one: the subjects stand in a ring in random order.
+    """
+    draw = random.Random(seed)
+    ring = sorted(set(subjects))
+    if len(ring) == 1:
+        return []
+    draw.shuffle(ring)
+    giver = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+    rows_of: dict[str, list[int]] = {}
+    for row, subject in enumerate(subjects):
+        rows_of.setdefault(subject, []).append(row)
+    return [draw.choice(rows_of[giver[subject]]) for subject in subjects]
+
+
+def score_cohort(predictions: list[Prediction], options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    """The report's entry of one cohort, arm by arm; the scores are None where it has a single class."""
+    from medblip.metrics import score
+
+    arms = {}
+    for name in dict.fromkeys(prediction.arm for prediction in predictions):
+        rows = [prediction for prediction in predictions if prediction.arm == name]
+        samples = [row.sample for row in rows]
+        classes, subjects = classes_of(samples), [sample.subject for sample in samples]
+        arms[name] = {"n_subjects": len(set(subjects)), "n_scans": len(rows), "classes": classes}
+        if len(classes) == 1:
+            arms[name] |= dict.fromkeys(("balanced_accuracy", "macro_auc", "macro_f1", "recall", "confusion", "ci95"))
+            continue
+        p_NK = [list(row.probabilities.values()) for row in rows]
+        truth = [sample.diagnosis for sample in samples]
+        arms[name] |= score(truth, p_NK, classes, subjects, options.bootstrap, options.seed)
+    return arms
+
+
+def _record(reader: Reader, sample: Sample, tier: EhrTier) -> str:
+    record = reader.record(sample)
+    return render_record(record["fields"], record["report"], tier)
+
+
+def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
+    """One row per scan and arm, under KEY and hashed subject; the probability of a class not offered is empty.
+
+    `answer` is what the model wrote in the arm `both`, and the most probable option in the others.
+    """
+    header = ["scan_id", "subject_id", "cohort", "arm", "diagnosis", *(f"p_{c}" for c in DIAGNOSIS_ANSWERS), "answer"]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for sample, arm, p, answer in predictions:
+            columns = [f"{p[c]:.9g}" if c in p else "" for c in DIAGNOSIS_ANSWERS]
+            writer.writerow([sample.key, sample.subject, sample.cohort, arm, sample.diagnosis, *columns, answer])
+
+
+def _split_sha256(index: ShardIndex) -> str | None:
+    path = index.folder / "split.csv"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from; None if it was installed otherwise."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+        top, commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit if Path(top) == root else None

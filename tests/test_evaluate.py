@@ -1,0 +1,271 @@
+"""`medblip evaluate` and `medblip ask`, on a model trained for two steps on random blobs."""
+
+import csv
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from medblip import cli
+from medblip.data import Sample, ShardIndex
+from medblip.evaluate import ARMS, EvaluateOptions, check_tier, evaluate_cohort, shuffle_over_subjects
+from medblip.inference import Assistant
+from medblip.text import DIAGNOSIS_ANSWERS
+
+SECRET = "keeps eleven quokkas"
+EVERYTHING = ("image", "text", "both", "shuffled_image", "both_shuffled")
+
+
+def scans():
+    """(cohort, subject, diagnosis, split) of each scan."""
+    for i in range(9):
+        yield "HOME", f"h{i}", ("CN", "MCI", "AD")[i % 3], "train"
+    for i in range(9):
+        yield "THREE", f"t{i // 2}", ("CN", "MCI", "AD")[i % 3], "test"
+    yield "THREE", "t9", "", "test"
+    for i in range(4):
+        yield "TWO", f"u{i}", ("CN", "AD")[i % 2], "test"
+    for _ in range(2):
+        yield "ONE", "v0", "AD", "test"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """raw/, shards/ and run/: 25 blobs, packed, and two steps of training."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    (folder / "raw").mkdir()
+    draw = np.random.default_rng(0)
+    radius = np.linalg.norm(np.indices((24, 24, 24)) - 11.5, axis=0)
+    with open(folder / "raw/manifest.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "cohort", "subject_id", "diagnosis", "split", "age_years", "sex", "report"])
+        for number, (cohort, subject, diagnosis, split) in enumerate(scans()):
+            head = (radius < draw.uniform(8, 11)) * draw.uniform(100, 200, radius.shape)
+            nib.save(nib.Nifti1Image(head.astype(np.float32), np.diag([6, 6, 6, 1])), folder / f"raw/{number}.nii")
+            report = f"The subject is {60 + number} and {SECRET}."
+            writer.writerow([f"{number}.nii", cohort, subject, diagnosis, split, 60 + number, "F", report])
+    for command in (
+        f"-m sharding.build --manifest {folder}/raw/manifest.csv --out {folder}/shards --size 48 --spacing-mm 4"
+        " --workers 1",
+        f"train.py --deepspeed_config ds_configs/zero2_fp32.json --data {folder}/shards --run {folder}/run --steps 2",
+    ):
+        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture
+def medblip(monkeypatch, capfd):
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(logging.root, "handlers", [])  # the command sets its own; pytest's come back afterwards
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medblip", *map(str, arguments)])
+        code = cli.main()
+        return code, *capfd.readouterr()
+
+    return run
+
+
+def read_predictions(out: Path) -> list[dict]:
+    with open(out / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_report_holds_every_cohort_by_itself_and_no_word_of_a_record(folder, medblip, monkeypatch, tmp_path):
+    read = []
+
+    def repeat_the_prompt(self, queries_BQC, prompts, use_queries=True):  # the worst that a model could write
+        read.extend(prompts)
+        return prompts
+
+    monkeypatch.setattr(Assistant, "answer", repeat_the_prompt)
+    code, stdout, stderr = medblip(
+        "evaluate", "--model", folder / "run", "--data", folder / "shards", "--out", tmp_path, "--arms", *EVERYTHING
+    )
+    assert code == 0, stderr
+    assert all(SECRET in prompt for prompt in read) and len(read) == 15
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert files.keys() == {"report.json", "report.md", "predictions.csv", "confusion.png"}
+    assert not any(b"quokka" in content for content in files.values()) and "quokka" not in stdout + stderr
+
+    report = json.loads(files["report.json"])
+    assert report.keys() >= {"cohorts", "recipe", "ehr", "model", "commit", "split_sha256", "split", "seed", "counts"}
+    assert report["ehr"] == "demographics" and report["model"] == "run/step-2"
+    assert report["counts"] == {"scans": 16, "without_diagnosis": 1, "scored": 15}
+    assert list(report["cohorts"]) == ["ONE", "THREE", "TWO"]
+    three, two, one = (report["cohorts"][name] for name in ("THREE", "TWO", "ONE"))
+    assert list(three) == list(two) == list(EVERYTHING)
+    for arm in three.values():
+        assert (arm["n_subjects"], arm["n_scans"], arm["classes"]) == (5, 9, ["CN", "MCI", "AD"])
+        assert 0 <= arm["balanced_accuracy"] <= 1 and 0 <= arm["macro_auc"] <= 1
+        low, high = arm["ci95"]["balanced_accuracy"]
+        assert 0 <= low <= high <= 1 and len(arm["ci95"]["macro_auc"]) == 2
+        assert np.sum(arm["confusion"]) == 9 and arm["recall"].keys() == {"CN", "MCI", "AD"}
+    assert two["image"]["classes"] == ["CN", "AD"] and np.shape(two["image"]["confusion"]) == (2, 2)
+    assert list(one) == ["image", "text", "both"]  # a single subject has nobody to swap scans with
+    assert one["image"]["balanced_accuracy"] is None and one["image"]["n_scans"] == 2
+    for told in (
+        "1 of 16 scans have no diagnosis",
+        "ONE: only AD occurs",
+        "TWO: only CN and AD occur",
+        "ONE: there is no other",
+    ):
+        assert any(note.startswith(told) for note in report["notes"]) and told in stderr
+        assert told in files["report.md"].decode()
+    assert "THREE" in stdout and "chance" in stdout and str(tmp_path) in stdout
+
+
+def test_predictions_name_scans_by_key_and_offer_only_what_can_be_chosen(folder, medblip, tmp_path):
+    code, *_ = medblip(
+        "evaluate", "--model", folder / "run", "--data", folder / "shards", "--out", tmp_path, "--batch", 4
+    )
+    assert code == 0
+    samples = {sample.key: sample for sample in ShardIndex(folder / "shards").samples("test")}
+    rows = read_predictions(tmp_path)
+    assert len(rows) == 9 * 4 + 4 * 4 + 2 * 3
+    for row in rows:
+        sample = samples[row["scan_id"]]
+        assert (row["subject_id"], row["cohort"], row["diagnosis"]) == (sample.subject, sample.cohort, sample.diagnosis)
+        assert (row["p_MCI"] == "") == (row["cohort"] == "TWO")
+        p = {name: float(row[f"p_{name}"]) for name in DIAGNOSIS_ANSWERS if row[f"p_{name}"]}
+        assert sum(p.values()) == pytest.approx(1, abs=1e-6)
+        if row["arm"] != "both":
+            assert row["answer"] == DIAGNOSIS_ANSWERS[max(p, key=p.get)]
+    # An image counts in its arm, the record in its own, and a batch changes nothing.
+    by_arm = defaultdict(dict)
+    for row in rows:
+        by_arm[row["arm"]][row["scan_id"]] = float(row["p_AD"])
+    assert len({tuple(sorted(p.items())) for p in by_arm.values()}) == 4
+    medblip("evaluate", "--model", folder / "run", "--data", folder / "shards", "--out", tmp_path, "--batch", 1)
+    for row in read_predictions(tmp_path):
+        assert float(row["p_AD"]) == pytest.approx(by_arm[row["arm"]][row["scan_id"]], abs=1e-4)
+
+
+def test_shards_that_are_not_there_are_a_message_and_exit_1(medblip, tmp_path):
+    code, stdout, stderr = medblip("evaluate", "--model", tmp_path, "--data", tmp_path)
+    assert code == 1 and stdout == "" and "index.json is missing" in stderr and "Traceback" not in stderr
+
+
+def test_a_subject_seen_in_training_fails_by_count_and_key(folder, medblip, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    leaked = next(sample for sample in ShardIndex(folder / "shards").samples("test") if sample.cohort == "ONE")
+    with open(run / "train_subjects.txt", "a") as file:
+        file.write(f"{leaked.subject}\n")
+    code, stdout, stderr = medblip("evaluate", "--model", run, "--data", folder / "shards", "--out", tmp_path / "out")
+    assert code == 1 and stdout == "" and not (tmp_path / "out").exists()
+    assert "1 subjects" in stderr and "2 scans" in stderr and leaked.key in stderr
+
+
+def test_the_training_split_cannot_be_scored(folder, medblip, tmp_path):
+    code, _, stderr = medblip(
+        "evaluate", "--model", folder / "run", "--data", folder / "shards", "--split", "train", "--out", tmp_path
+    )
+    assert code == 1 and "9 subjects" in stderr
+
+
+def test_another_recipe_is_refused_by_name_and_both_values(folder, medblip, tmp_path):
+    shards = shutil.copytree(folder / "shards", tmp_path / "shards")
+    content = json.loads((shards / "index.json").read_text())
+    content["recipe"] |= {"spacing_mm": 4.5, "high_percentile": 99.0}
+    (shards / "index.json").write_text(json.dumps(content))
+    code, _, stderr = medblip("evaluate", "--model", folder / "run", "--data", shards, "--out", tmp_path / "out")
+    assert code == 1
+    assert "spacing_mm is 4.5 in the shards and 4.0 in the model" in stderr
+    assert "high_percentile is 99.0 in the shards and 99.5 in the model" in stderr and "size" not in stderr
+
+
+def test_a_lower_tier_is_fine_and_a_higher_one_is_not():
+    assert check_tier("none", "cognition") == "none" and check_tier("cognition", "cognition") == "cognition"
+    with pytest.raises(ValueError, match="--ehr staging.*trained with cognition"):
+        check_tier("staging", "cognition")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shuffled_images_are_never_the_subject_s_own(seed):
+    subjects = list("aabbbcdee") if seed % 2 else list("ab")
+    other = shuffle_over_subjects(subjects, seed)
+    assert all(subjects[row] != subject for row, subject in zip(other, subjects, strict=True))
+    assert other == shuffle_over_subjects(subjects, seed)
+    assert shuffle_over_subjects(["a", "a"], seed) == []
+
+
+def test_each_arm_reads_what_its_name_says():
+    samples = [Sample(f"k{i}", 0, (0, 0), (0, 0), (1, 1, 1), (0, 0, 0), "C", f"s{i // 2}", d) for i, d in
+               enumerate(["CN", "CN", "MCI", "MCI", "AD", "AD"])]  # fmt: skip
+    seen = []
+
+    class Listener:
+        def diagnose(self, queries_BQC, records, classes, use_queries):
+            seen.extend(zip(queries_BQC[:, 0, 0].int().tolist(), records, [use_queries] * len(records), strict=True))
+            return torch.full((len(records), len(classes)), 1 / len(classes))
+
+        def answer(self, queries_BQC, prompts):
+            return ["dementia, surely"] * len(prompts)
+
+    options = EvaluateOptions(model="", data="", arms=EVERYTHING, batch=4)
+    records = [f"record {i}" for i in range(6)]
+    predictions, notes = evaluate_cohort(Listener(), samples, torch.arange(6.0).view(6, 1, 1), records, options)
+    assert not notes and len(predictions) == len(seen) == 30
+    for (image, record, use_queries), found in zip(seen, predictions, strict=True):
+        row = samples.index(found.sample)
+        assert record == (records[row] if ARMS[found.arm].record else "")
+        assert use_queries == (found.arm != "text")
+        if "shuffled" in found.arm:
+            assert samples[image].subject != found.sample.subject
+        else:
+            assert image == row
+        assert found.answer == ("other" if found.arm == "both" else "Not demented")
+
+
+def test_ask_prints_only_json_and_its_probabilities_sum_to_1(folder, medblip):
+    scan = folder / "raw/0.nii"
+    code, stdout, stderr = medblip(
+        "ask", scan, "What is the diagnosis?", "--model", folder / "run", "--report", f"He {SECRET}.", "--json"
+    )
+    found = json.loads(stdout)
+    assert code == 0 and found.keys() == {"answer", "probabilities"} and stdout.count("\n") == 1
+    assert list(found["probabilities"]) == ["CN", "MCI", "AD"]
+    assert sum(found["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+    assert found["answer"] == DIAGNOSIS_ANSWERS[max(found["probabilities"], key=found["probabilities"].get)]
+    assert SECRET not in stderr
+
+    code, stdout, _ = medblip("ask", scan, "How old is this subject?", "--model", folder / "run", "--json")
+    found = json.loads(stdout)
+    assert code == 0 and found["probabilities"] is None and isinstance(found["answer"], str)
+
+
+def test_ask_says_that_it_is_for_research_and_when_a_record_was_not_used(folder, medblip):
+    code, stdout, stderr = medblip(
+        "ask", folder / "raw/0.nii", "What is the diagnosis?", "--model", folder / "run", "--report", "MMSE 20."
+    )
+    assert code == 0 and "Research use only; not a medical device." in stdout and "CN" in stdout
+    assert "the record was not used" in stderr and "demographics" in stderr
+
+
+def test_ask_agrees_with_evaluate_on_the_same_scan(folder, medblip, tmp_path):
+    medblip("evaluate", "--model", folder / "run", "--data", folder / "shards", "--out", tmp_path, "--arms", "image")
+    expected = sorted(round(float(row["p_AD"]), 4) for row in read_predictions(tmp_path) if row["cohort"] == "THREE")
+    found = []
+    for number in range(9, 18):
+        question = "What will this subject be diagnosed with?"
+        _, stdout, _ = medblip("ask", folder / f"raw/{number}.nii", question, "--model", folder / "run", "--json")
+        found.append(json.loads(stdout)["probabilities"]["AD"])
+    assert sorted(found) == pytest.approx(expected, abs=1e-4)
+
+
+def test_ask_shows_why_a_file_is_not_a_scan(folder, medblip, tmp_path):
+    (tmp_path / "broken.nii.gz").write_bytes(b"no scan")
+    code, stdout, stderr = medblip(
+        "ask", tmp_path / "broken.nii.gz", "What is it?", "--model", folder / "run", "--json"
+    )
+    assert code == 1 and stdout == "" and "broken.nii.gz" in stderr
