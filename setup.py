@@ -1,0 +1,43 @@
+"""Installs medblip and sharding. DeepSpeed builds against the installed torch: `make install` gets the order right."""
+
+from setuptools import find_packages, setup
+
+DEMO = ["nilearn>=0.11"]
+WANDB = ["wandb>=0.19"]
+
+setup(
+    name="medblip",
+    version="0.1.0",
+    description="A vision-language model that reads a 3-D brain MRI with the text of a health record",
+    license="Apache-2.0",
+    packages=find_packages(include=["medblip", "medblip.*", "sharding", "sharding.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "deepspeed>=0.19.8,<0.20",
+        "deflate>=0.7",
+        "einops>=0.8",
+        "huggingface_hub>=1.0",
+        "matplotlib>=3.8",
+        "nibabel>=5.2",
+        "numpy>=1.26",
+        "peft>=0.21,<1",
+        "safetensors>=0.5",
+        "scikit-learn>=1.4",
+        "scipy>=1.12",
+        "torch>=2.6",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "transformers>=5.24,<6",
+        "tyro>=1.0",
+        "webdataset>=1.0",
+        "zstandard>=0.23",
+    ],
+    extras_require={
+        "demo": DEMO,
+        "flash": ["flash-attn>=2.8,<3"],
+        "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
+        "wandb": WANDB,
+        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17,<0.18", *DEMO, *WANDB],
+    },
+    entry_points={"console_scripts": ["medblip = medblip.cli:main"]},
+)

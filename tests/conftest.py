@@ -1,0 +1,37 @@
+"""What every test stands on: no network, one thread a process, and tools that CI must have."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["PATH"] += os.pathsep + "/usr/sbin"  # Debian keeps daemons there, off a plain user's path
+
+ROOT = Path(__file__).parent.parent
+
+
+def require_tool(name: str, hint: str) -> str:
+    """The path of a program; without it the test is skipped, and fails in CI, where nothing may be missing."""
+    path = shutil.which(name)
+    if path is None:
+        message = f"{name} is not installed ({hint})"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    return path
+
+
+@pytest.fixture(scope="session")
+def made_up_shards(tmp_path_factory) -> Path:
+    """Shards of six made-up patients at 48^3, written by the commands that a user would type."""
+    folder = tmp_path_factory.mktemp("made_up")
+    for command in (
+        f"sharding.madeup --out {folder}/release --subjects 6 --workers 1",
+        f"sharding.build --manifest {folder}/release/manifest.csv --out {folder}/shards --size 48 --spacing-mm 4.5",
+    ):
+        subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, check=True)
+    return folder / "shards"
