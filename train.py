@@ -156,7 +156,7 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
 
 
 def train_step(engine, loader, config: TrainConfig, schedule: Schedule, step: int, rank, grid_size: int):
-    """One optimizer step: returns the losses, averaged over the global batch, and the seconds spent on waiting for data.
+    """One optimizer step: returns the losses, averaged over the global batch, and the seconds spent waiting for data.
 
     Raises:
         ValueError: if the loss is not finite, naming the step, the rank and its sample KEYs.
