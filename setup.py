@@ -21,6 +21,7 @@ setup(
         "nibabel>=5.2",
         "numpy>=1.26",
         "peft>=0.21,<1",
+        "rich>=13",
         "safetensors>=0.5",
         "scikit-learn>=1.4",
         "scipy>=1.12",

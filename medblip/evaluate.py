@@ -47,6 +47,9 @@ ARMS = {
 
 ArmName = Literal["image", "text", "both", "shuffled_image", "both_shuffled"]
 
+SHUFFLES = 10
+"""Rounds of the shuffled arms: one round's score depends on who happened to get whose scan."""
+
 OTHER_ANSWER = "other"
 """Stands in predictions.csv for a written answer that is none of the options: it could repeat the record."""
 
@@ -233,28 +236,51 @@ def evaluate_cohort(
         notes.append(f"only {classes[0]} and {classes[1]} occur, so only these two were offered as answers")
     if len(classes) == 1:
         notes.append(f"only {classes[0]} occurs, so there is nothing to tell apart and no score")
-    other_N = shuffle_over_subjects([sample.subject for sample in samples], options.seed)
+    own_N = list(range(len(samples)))
+    others = shuffle_over_subjects([sample.subject for sample in samples], SHUFFLES, options.seed)
+    known: dict[tuple[str, int | None], list[float]] = {}  # most shuffled pairs were asked about before
     for name in options.arms:
         arm = ARMS[name]
-        image_N = other_N if arm.image == "another subject's scan" else list(range(len(samples)))
-        if not image_N:
+        rounds = others if arm.image == "another subject's scan" else [own_N]
+        if not rounds:
             notes.append(f"there is no other subject, so the arm {name} was left out")
-            continue
-        for start in range(0, len(samples), options.batch):
-            rows = range(start, min(start + options.batch, len(samples)))
-            queries_BQC = queries_NQC[[image_N[row] for row in rows]]
-            texts = [records[row] if arm.record else "" for row in rows]
-            p_BK = assistant.diagnose(queries_BQC, texts, tuple(offered), use_queries=arm.image != "no scan").tolist()
-            if name == "both":
-                written = assistant.answer(queries_BQC, [render_prompt(text, DIAGNOSIS_QUESTION) for text in texts])
-                answers = [answer if answer in DIAGNOSIS_ANSWERS.values() else OTHER_ANSWER for answer in written]
-            else:
-                answers = [DIAGNOSIS_ANSWERS[offered[p_K.index(max(p_K))]] for p_K in p_BK]
-            predictions += [
-                Prediction(samples[row], name, dict(zip(offered, p_K, strict=True)), answer)
-                for row, p_K, answer in zip(rows, p_BK, answers, strict=True)
+        for image_N in rounds:
+            asked = [
+                (record if arm.record else "", None if arm.image == "no scan" else image)
+                for record, image in zip(records, image_N, strict=True)
             ]
+            _diagnose(assistant, queries_NQC, asked, tuple(offered), options.batch, known)
+            written_N = [""] * len(samples)
+            if name == "both":
+                written_N = _write(assistant, queries_NQC, [text for text, _ in asked], options.batch)
+            for sample, pair, written in zip(samples, asked, written_N, strict=True):
+                p_K = known[pair]
+                answer = DIAGNOSIS_ANSWERS[offered[p_K.index(max(p_K))]]
+                if name == "both":
+                    answer = written if written in DIAGNOSIS_ANSWERS.values() else OTHER_ANSWER
+                predictions.append(Prediction(sample, name, dict(zip(offered, p_K, strict=True)), answer))
     return predictions, notes
+
+
+def _diagnose(assistant: Assistant, queries_NQC: Tensor, asked: list, classes: tuple, batch: int, known: dict) -> None:
+    """Puts the probabilities of each asked pair of (record text, image row or None) into `known`."""
+    new = [pair for pair in dict.fromkeys(asked) if pair not in known]
+    for read_image in (True, False):
+        pairs = [pair for pair in new if (pair[1] is not None) == read_image]
+        for start in range(0, len(pairs), batch):
+            some = pairs[start : start + batch]
+            queries_BQC = queries_NQC[[image or 0 for _, image in some]]
+            p_BK = assistant.diagnose(queries_BQC, [text for text, _ in some], classes, use_queries=read_image)
+            known |= dict(zip(some, p_BK.tolist(), strict=True))
+
+
+def _write(assistant: Assistant, queries_NQC: Tensor, records: list[str], batch: int) -> list[str]:
+    """The model's own words about each scan."""
+    prompts = [render_prompt(record, DIAGNOSIS_QUESTION) for record in records]
+    answers = []
+    for start in range(0, len(prompts), batch):
+        answers += assistant.answer(queries_NQC[start : start + batch], prompts[start : start + batch])
+    return answers
 
 
 def classes_of(samples: list[Sample]) -> list[str]:
@@ -262,21 +288,23 @@ def classes_of(samples: list[Sample]) -> list[str]:
     return [name for name in DIAGNOSIS_ANSWERS if any(sample.diagnosis == name for sample in samples)]
 
 
-def shuffle_over_subjects(subjects: list[str], seed: int) -> list[int]:
-    """For each scan the row of a scan of another subject; empty where there is only one subject.
+def shuffle_over_subjects(subjects: list[str], num_rounds: int, seed: int) -> list[list[int]]:
+    """For each round and scan, the row of a scan of another subject; no round where there is only one subject.
 
-    Everybody gives to one and takes from one: the subjects stand in a ring in random order.
+    The subjects stand in a ring in random order, and in round k everybody takes from the k-th neighbour: everybody
+    gives to one and takes from one, another one in each round.
     """
     draw = random.Random(seed)
     ring = sorted(set(subjects))
-    if len(ring) == 1:
-        return []
     draw.shuffle(ring)
-    giver = dict(zip(ring, ring[1:] + ring[:1], strict=True))
     rows_of: dict[str, list[int]] = {}
     for row, subject in enumerate(subjects):
         rows_of.setdefault(subject, []).append(row)
-    return [draw.choice(rows_of[giver[subject]]) for subject in subjects]
+    rounds = []
+    for shift in range(1, min(num_rounds, len(ring) - 1) + 1):
+        giver = dict(zip(ring, ring[shift:] + ring[:shift], strict=True))
+        rounds.append([draw.choice(rows_of[giver[subject]]) for subject in subjects])
+    return rounds
 
 
 def score_cohort(predictions: list[Prediction], options: EvaluateOptions) -> dict[str, dict[str, Any]]:
@@ -288,7 +316,8 @@ def score_cohort(predictions: list[Prediction], options: EvaluateOptions) -> dic
         rows = [prediction for prediction in predictions if prediction.arm == name]
         samples = [row.sample for row in rows]
         classes, subjects = classes_of(samples), [sample.subject for sample in samples]
-        arms[name] = {"n_subjects": len(set(subjects)), "n_scans": len(rows), "classes": classes}
+        num_scans = len({sample.key for sample in samples})
+        arms[name] = {"n_subjects": len(set(subjects)), "n_scans": num_scans, "classes": classes}
         if len(classes) == 1:
             arms[name] |= dict.fromkeys(("balanced_accuracy", "macro_auc", "macro_f1", "recall", "confusion", "ci95"))
             continue

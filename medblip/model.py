@@ -120,7 +120,7 @@ class MedBLIP(nn.Module):
         """Fingerprints of the towers as they came, by which a checkpoint knows what it was trained on."""
         lm = self.language.lm
         base = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
-        frozen = {"vision": self.vision.encoder, "language": base}
+        frozen = {"vision": self.vision, "language": base}
         return {name: towers.fingerprint(_Frozen(module)) for name, module in frozen.items()}
 
 

@@ -8,21 +8,24 @@ records: so that the whole way runs on a CPU without a download. They are kept u
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 from medblip import text
 from medblip.config import unknown
-from medblip.distributed import locked, log
+from medblip.distributed import locked, log, log_to_stderr
 
 TINY = {
+    "version": 1,  # grows when the same settings and texts make other towers
     "seed": 0,
     "corpus_texts": 4000,
     "language_steps": 300,
@@ -74,7 +77,7 @@ def make_tiny(name: str) -> Path:
     """The folder of one tiny tower; made first if it is not there yet (up to half a minute)."""
     if name not in MAKERS:
         raise ValueError(unknown("tiny tower", name, MAKERS))
-    recipe = json.dumps(TINY, sort_keys=True) + inspect.getsource(text) + inspect.getsource(MAKERS[name])
+    recipe = json.dumps([TINY, _corpus()], sort_keys=True)
     folder = home() / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}" / name
     if folder.exists():
         return folder
@@ -83,14 +86,15 @@ def make_tiny(name: str) -> Path:
             log.info("making the tower tiny/%s in %s (once)", name, folder)
             unfinished = folder.with_name(f".{name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            # The caller's random state must not depend on whether the tower was there already.
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(TINY["seed"])
-                MAKERS[name](unfinished)
+            # A process of its own: transformers saves on global rank 0 only, and the caller's random state stays.
+            ranks = {variable for variable in os.environ if variable.endswith("RANK") or variable.startswith("SLURM_")}
+            alone = {variable: value for variable, value in os.environ.items() if variable not in ranks}
+            subprocess.run([sys.executable, "-m", "medblip.towers", name, str(unfinished)], env=alone, check=True)
             os.replace(unfinished, folder)
     return folder
 
 
+@functools.cache
 def _corpus() -> list[tuple[str, str, str]]:
     draw = random.Random(TINY["seed"])
     return [text.template_text(draw) for _ in range(TINY["corpus_texts"])]
@@ -218,3 +222,10 @@ def fingerprint(module: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(values.shape)}".encode())
         digest.update(values.view(torch.int16).numpy().data)
     return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    log_to_stderr(0)
+    torch.manual_seed(TINY["seed"])
+    torch.set_num_threads(1)
+    MAKERS[sys.argv[1]](Path(sys.argv[2]))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on several nodes, one task for each GPU, and carries on after preemption and time limits. From the root:
-#   sbatch slurm/pretrain.sh --preset biomedlm --data shards --run runs/x
+#   sbatch slurm/pretrain.sh --preset tiny --data shards --run runs/x
 #   sbatch -N4 --ntasks-per-node=8 --gpus-per-node=8 slurm/pretrain.sh ...
 #SBATCH --job-name=medblip
 #SBATCH --nodes=2

@@ -193,10 +193,14 @@ def test_a_lower_tier_is_fine_and_a_higher_one_is_not():
 @pytest.mark.parametrize("seed", range(20))
 def test_shuffled_images_are_never_the_subject_s_own(seed):
     subjects = list("aabbbcdee") if seed % 2 else list("ab")
-    other = shuffle_over_subjects(subjects, seed)
-    assert all(subjects[row] != subject for row, subject in zip(other, subjects, strict=True))
-    assert other == shuffle_over_subjects(subjects, seed)
-    assert shuffle_over_subjects(["a", "a"], seed) == []
+    rounds = shuffle_over_subjects(subjects, 3, seed)
+    assert len(rounds) == min(3, len(set(subjects)) - 1)
+    for other in rounds:
+        assert all(subjects[row] != subject for row, subject in zip(other, subjects, strict=True))
+    givers = [tuple(subjects[row] for row in other) for other in rounds]
+    assert len(set(givers)) == len(rounds), "each round takes from another subject"
+    assert rounds == shuffle_over_subjects(subjects, 3, seed)
+    assert shuffle_over_subjects(["a", "a"], 3, seed) == []
 
 
 def test_each_arm_reads_what_its_name_says():

@@ -1,0 +1,163 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from medblip.losses import contrastive_loss, language_loss
+
+
+def wave(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The numbers that the published model's losses were worked out for."""
+    n = np.arange(math.prod(shape), dtype=np.float64)
+    values = np.sin(0.7310585 * n + 1.6180339 * seed) + 0.5 * np.cos(0.1234567 * n * (seed + 1))
+    return torch.from_numpy(values.reshape(shape))
+
+
+def published(image_BQK, text_BK) -> float:
+    groups_BN = torch.arange(len(text_BK))[:, None]
+    everyone = torch.ones(len(text_BK), dtype=torch.bool)
+    return contrastive_loss(image_BQK, text_BK, groups_BN, everyone, torch.tensor([0.07])).item()
+
+
+def test_contrastive_loss_equals_the_published_numbers():
+    image_BQK = wave((7, 32, 256), 11)
+    text, statement = published(image_BQK, wave((7, 256), 12)), published(image_BQK, wave((7, 256), 13))
+    assert text == pytest.approx((1.942968059 + 1.945945984) / 2, abs=1e-6)
+    assert statement == pytest.approx(1.958961049, abs=1e-6)
+    assert text + statement == pytest.approx(3.903418070, abs=1e-6)
+    image_BQK = wave((3, 5, 16), 11)
+    total = published(image_BQK, wave((3, 16), 12)) + published(image_BQK, wave((3, 16), 13))
+    assert total == pytest.approx(4.237368741, abs=1e-6)
+
+
+def naive_contrast(image, text, groups, valid, temperature, smoothing=0.1):
+    """The definition, one pair at a time, in float64."""
+    image = [[row / np.linalg.norm(row) for row in rows] for rows in image.double().numpy()]
+    text = [row / np.linalg.norm(row) for row in text.double().numpy()]
+    members = [i for i in range(len(text)) if valid[i]]
+    total = 0.0
+    for image_first in (True, False):
+        for i in members:
+            pairs = [(i, j) if image_first else (j, i) for j in members]
+            scores = [max(float(query @ text[t]) for query in image[v]) / temperature for v, t in pairs]
+            log_sum = math.log(sum(math.exp(score) for score in scores))
+            positive = [bool((groups[i] == groups[j]).any()) for j in members]
+            for score, is_positive in zip(scores, positive, strict=True):
+                target = (1 - smoothing) * is_positive / sum(positive) + smoothing / len(members)
+                total -= target * (score - log_sum) / len(members) / 2
+    return total
+
+
+@pytest.mark.parametrize("temperature", [0.03, 0.07, 0.4])
+def test_contrastive_loss_equals_a_naive_loop(temperature):
+    draw = torch.Generator().manual_seed(1)
+    image, text = torch.randn(8, 4, 12, generator=draw), torch.randn(8, 12, generator=draw)
+    # Text 1 twice, text 3 once more in a sample that does not count, subject 20 in three texts.
+    groups = torch.tensor([[1, 20], [1, 21], [2, 20], [3, 22], [3, 23], [4, 20], [5, 24], [6, 22]])
+    valid = torch.tensor([True, True, True, True, False, True, True, False])
+    loss = contrastive_loss(image, text, groups, valid, torch.tensor([temperature])).item()
+    assert loss == pytest.approx(naive_contrast(image, text, groups, valid, temperature), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "valid"),
+    [([5, 5, 5], [True, True, True]), ([5, 6, 6], [True, False, False]), ([5, 6, 7], [False] * 3), ([5], [True])],
+    ids=["one text", "one sample with a text", "no text", "batch of one"],
+)
+def test_contrast_of_fewer_than_two_texts_is_exactly_zero(texts, valid):
+    draw = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(len(texts), 4, 12, generator=draw), torch.randn(len(texts), 12, generator=draw)]
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, torch.tensor([0.07]))]
+    groups = torch.tensor([[text, subject] for subject, text in enumerate(texts)])
+    loss = contrastive_loss(leaves[0], leaves[1], groups, torch.tensor(valid), leaves[2])
+    loss.backward()
+    assert loss.item() == 0
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_a_sample_without_text_is_neither_anchor_nor_negative():
+    draw = torch.Generator().manual_seed(3)
+    image = torch.randn(5, 4, 12, generator=draw).requires_grad_()
+    text = torch.randn(5, 12, generator=draw).requires_grad_()
+    groups = torch.tensor([[1, 9], [2, 8], [1, 9], [3, 7], [0, 9]])  # the last one would be a positive of two
+    valid = torch.tensor([True, True, True, True, False])
+    temperature = torch.tensor([0.07])
+    loss = contrastive_loss(image, text, groups, valid, temperature)
+    loss.backward()
+    alone = contrastive_loss(image[:4], text[:4], groups[:4], valid[:4], temperature)
+    assert loss.item() == pytest.approx(alone.item(), abs=1e-6)
+    assert not image.grad[4].any() and not text.grad[4].any()
+    assert image.grad[:4].abs().amax((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize(("given", "used"), [(0.0001, 0.01), (-3.0, 0.01), (9.0, 0.5)])
+def test_temperature_is_kept_between_a_hundredth_and_a_half(given, used):
+    draw = torch.Generator().manual_seed(4)
+    image, text = torch.randn(4, 3, 12, generator=draw), torch.randn(4, 12, generator=draw)
+    groups, valid = torch.arange(4)[:, None], torch.ones(4, dtype=torch.bool)
+
+    def loss(temperature):
+        return contrastive_loss(image, text, groups, valid, torch.tensor([temperature])).item()
+
+    assert loss(given) == loss(used)
+    assert loss(0.012) != loss(0.01) and loss(0.49) != loss(0.5)
+
+
+def test_more_smoothing_asks_for_a_flatter_match():
+    """A perfect match costs nothing without smoothing; with it, the target's own entropy and more."""
+    image_BQK = torch.eye(4)[:, None]
+    groups, valid = torch.arange(4)[:, None], torch.ones(4, dtype=torch.bool)
+    sharp = contrastive_loss(image_BQK, torch.eye(4), groups, valid, torch.tensor([0.05]), smoothing=0.0)
+    smooth = contrastive_loss(image_BQK, torch.eye(4), groups, valid, torch.tensor([0.05]), smoothing=0.1)
+    assert sharp.item() < 1e-6
+    assert smooth.item() == pytest.approx(0.1 * 3 / 4 * 20, rel=1e-5)
+
+
+def test_the_best_query_alone_decides():
+    draw = torch.Generator().manual_seed(5)
+    text = torch.randn(3, 12, generator=draw)
+    image = torch.cat([text[:, None], -text[:, None]], dim=1).requires_grad_()
+    groups, valid = torch.arange(3)[:, None], torch.ones(3, dtype=torch.bool)
+    # The first query is its text itself: similarity 1 / 0.5 with it.
+    loss = contrastive_loss(image, text, groups, valid, torch.tensor([0.5]))
+    unit = torch.nn.functional.normalize(text, dim=-1)
+    log_p = ((unit @ unit.T).abs() / 0.5).log_softmax(-1)
+    expected = -(0.9 * log_p.diagonal() + 0.1 * log_p.mean(-1)).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_language_loss_equals_a_naive_loop():
+    draw = torch.Generator().manual_seed(6)
+    lengths = [3, 0, 1, 7, 2]
+    is_answer = torch.tensor([[place < length for place in range(7)] for length in lengths])
+    logp = (-torch.rand(5, 7, generator=draw)).masked_fill(~is_answer, 0.0)
+    samples = [
+        sum(-logp[row, place].item() for place in range(length)) / length
+        for row, length in enumerate(lengths)
+        if length
+    ]
+    assert language_loss(logp, is_answer).item() == pytest.approx(sum(samples) / 4, rel=1e-6)
+
+
+def test_answers_of_different_length_count_equally():
+    is_answer = torch.tensor([[True, False, False, False], [True, True, True, True]])
+    logp = torch.tensor([[-2.0, 0, 0, 0], [-1.0, -1, -1, -1]])
+    assert language_loss(logp, is_answer).item() == pytest.approx((2 + 1) / 2)
+
+
+def test_a_sample_without_answer_is_left_out():
+    is_answer = torch.tensor([[True, True], [False, False]])
+    logp = torch.tensor([[-1.0, -3.0], [0.0, 0.0]], requires_grad=True)
+    loss = language_loss(logp, is_answer)
+    loss.backward()
+    assert loss.item() == pytest.approx(2.0)
+    assert logp.grad.tolist() == [[-0.5, -0.5], [0, 0]]
+
+
+def test_a_batch_without_answers_costs_zero_and_not_nan():
+    logp = torch.zeros(3, 1, requires_grad=True)
+    loss = language_loss(logp, torch.zeros(3, 1, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and not logp.grad.any()

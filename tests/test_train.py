@@ -1,0 +1,172 @@
+"""train.py as a user runs it: it resumes exactly, stops politely, and tells nobody's record."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+CHANGES_WITH_TIME = {"samples_per_s", "data_wait_fraction"}
+
+
+def train_command(shards, run, *options, launcher=(sys.executable,), engine="zero2_fp32"):
+    command = [*launcher, "train.py", "--deepspeed_config", f"ds_configs/{engine}.json", "--preset", "tiny"]
+    return [*command, "--data", str(shards), "--run", str(run), "--global-batch", "4", "--micro-batch", "2", *options]
+
+
+def run_training(shards, run, *options, code=0, **how):
+    done = subprocess.run(
+        train_command(shards, run, *map(str, options), **how), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def metrics(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in CHANGES_WITH_TIME} for record in records]
+
+
+def wait_for(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before the moment came"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made_up_shards, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run_training(made_up_shards, run, "--steps", 8, "--checkpoint-every", 3)
+    return run
+
+
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(made_up_shards, uninterrupted, tmp_path):
+    run = tmp_path / "killed"
+    options = ("--steps", "8", "--checkpoint-every", "3")
+    process = subprocess.Popen(
+        train_command(made_up_shards, run, *options), cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    # Past the checkpoint of step 3, so that steps are redone, with a torn line at the end of the metrics.
+    wait_for(lambda: (run / "latest").exists() and len(metrics_lines(run)) >= 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "los')
+    again = run_training(made_up_shards, run, *options)
+    assert "going on from" in again.stderr
+    assert metrics(run) == metrics(uninterrupted)
+    assert [record["step"] for record in metrics(run)] == list(range(1, 9))
+    for name in ("weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"):
+        one, other = (folder / "checkpoints" / "step-8" / name for folder in (run, uninterrupted))
+        assert one.read_bytes() == other.read_bytes(), f"{name} differs"
+
+
+def metrics_lines(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_training_ends_with_a_save_and_a_finished_run_stays_as_it_is(made_up_shards, uninterrupted):
+    assert (uninterrupted / "latest").read_text().strip() == "step-8"
+    assert json.loads((uninterrupted / "status.json").read_text())["state"] == "done"
+    weights = uninterrupted / "checkpoints/step-8/weights.safetensors"
+    before = (weights.read_bytes(), metrics(uninterrupted))
+    run_training(made_up_shards, uninterrupted, "--steps", 8, "--checkpoint-every", 3)
+    assert (weights.read_bytes(), metrics(uninterrupted)) == before
+
+
+def test_the_checkpoint_holds_what_training_changed_and_nothing_else(uninterrupted):
+    from safetensors import safe_open
+
+    folder = uninterrupted / "checkpoints/step-8"
+    num_values = 0
+    for name in ("weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"):
+        with safe_open(folder / name, "pt") as file:
+            num_values += sum(file.get_tensor(key).numel() for key in file.keys())
+            assert not any("encoder.layers" in key or "wte" in key or "lm_head" in key for key in file.keys())
+    size_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    assert size_bytes <= 1.05 * 4 * num_values
+
+
+def test_other_options_on_resume_are_refused_by_name_and_value(made_up_shards, uninterrupted):
+    refused = run_training(made_up_shards, uninterrupted, "--steps", 8, "--ehr", "staging", code=1)
+    assert "--ehr was demographics, now staging" in refused.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(made_up_shards, uninterrupted, tmp_path):
+    import shutil
+
+    run = tmp_path / "damaged"
+    shutil.copytree(uninterrupted, run)
+    weights = run / "checkpoints/step-8/weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    refused = run_training(made_up_shards, run, "--steps", 8, code=1)
+    assert "weights.safetensors: missing or damaged" in refused.stderr
+    (run / "latest").unlink()
+    assert "latest is missing" in run_training(made_up_shards, run, "--steps", 8, code=1).stderr
+
+
+@pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_and_says_how_to_go_on(made_up_shards, tmp_path, received):
+    run = tmp_path / "stopped"
+    process = subprocess.Popen(
+        train_command(made_up_shards, run, "--steps", "5000"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(metrics_lines(run)) >= 2, process)
+    process.send_signal(received)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 85, log[-2000:]
+    assert f"stopped by {received.name}" in log and "the same command goes on from there" in log
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert (run / "latest").read_text().strip() == f"step-{status['step']}" == f"step-{metrics(run)[-1]['step']}"
+
+
+def test_no_text_of_a_record_is_written_or_shown(made_up_shards, tmp_path):
+    from medblip.data import Reader, ShardIndex
+    from medblip.text import render_record
+
+    run = tmp_path / "private"
+    done = run_training(made_up_shards, run, "--steps", 2, "--ehr", "staging")
+    index = ShardIndex(made_up_shards)
+    reader = Reader(index, 1)
+    sentences = set()
+    for sample in index.samples("train"):
+        record = reader.record(sample)
+        sentences |= set(render_record(record["fields"], record["report"], "staging").split(". "))
+    assert sentences
+    everything = done.stdout + done.stderr
+    everything += "".join(p.read_text(errors="replace") for p in run.rglob("*") if p.is_file())
+    assert not [sentence for sentence in sentences if sentence in everything]
+
+
+def test_a_dry_run_shows_samples_and_trains_nothing(made_up_shards, tmp_path):
+    run = tmp_path / "dry"
+    done = run_training(made_up_shards, run, "--dry-run", 3, "--ehr", "cognition")
+    assert done.stdout.count("prompt:") == done.stdout.count("tokens:") == 3
+    assert "counts in the loss" in done.stdout and "Question:" in done.stdout
+    pictures = list((run / "dry-run").glob("*.png"))
+    assert len(pictures) == 3 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert not (run / "checkpoints").exists()
+
+
+def test_two_jobs_never_train_in_one_run_folder(made_up_shards, tmp_path):
+    from medblip.progress import lock
+
+    held = lock(tmp_path / "run")
+    refused = run_training(made_up_shards, tmp_path / "run", "--steps", 2, code=1)
+    assert "another job is training here" in refused.stderr
+    held.close()
+
+
+def test_wrong_usage_is_exit_code_2_with_the_nearest_name(made_up_shards, tmp_path):
+    done = run_training(made_up_shards, tmp_path / "run", "--step", 2, code=2)
+    assert "--steps" in done.stderr
+    assert "did you mean 'tiny'" in run_training(made_up_shards, tmp_path / "run", "--preset", "tinny", code=2).stderr

@@ -1,0 +1,32 @@
+"""Runs train.py, then prints the fingerprints of the frozen towers as this rank's engine holds them.
+
+With STOP_AFTER=N in the environment, the run gets a SIGTERM after N steps.
+"""
+
+import json
+import os
+import signal
+
+import train
+
+engines = []
+real_step = train.train_step
+
+
+def watched_step(engine, *rest):
+    engines.append(engine)
+    losses = real_step(engine, *rest)
+    if len(engines) == int(os.environ["STOP_AFTER"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return losses
+
+
+train.train_step = watched_step
+code = train.main()
+if code == 0:
+    import deepspeed
+
+    model = engines[0].module
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        print(json.dumps(model.frozen_fingerprints()), flush=True)
+raise SystemExit(code)
