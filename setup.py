@@ -36,9 +36,16 @@ setup(
     extras_require={
         "demo": DEMO,
         "flash": ["flash-attn>=2.8,<3"],
-        "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],
         "wandb": WANDB,
-        "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17,<0.18", *DEMO, *WANDB],
+        "dev": [
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.17,<0.18",
+            *DEMO,
+            *WANDB,
+        ],
     },
     entry_points={"console_scripts": ["medblip = medblip.cli:main"]},
 )

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ def main() -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     from medblip import distributed
+    from medblip.progress import catch_signals
 
     distributed.log_to_stderr(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     stopping = catch_signals()
@@ -60,13 +60,14 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
     from medblip.model import MedBLIP
     from medblip.optim import build_optimizer, set_learning_rate
     from medblip.preview import dry_run
-    from medblip.progress import Progress, check_same_run, lock, write_json
+    from medblip.progress import Progress, check_same_run, keep_schedule, lock, write_json
     from medblip.words import build_words
 
     run = Path(config.run)
     held = lock(run) if rank.is_main and not config.dry_run else None  # noqa: F841 - held until the process ends
     index = ShardIndex(config.data)
     samples = index.samples("train")
+    config = keep_schedule(run, config, rank.world)
     schedule, notes = plan_schedule(config, len(samples), rank.world)
     engine_config = load_deepspeed_config(config.deepspeed_config, schedule)
     for note in notes:
@@ -90,7 +91,8 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
         return dry_run(config.dry_run, load_from(0), index.grid_size, words, config.seed, run) if rank.is_main else 0
 
     torch.manual_seed(config.seed)
-    model = MedBLIP(model_config, index.grid_size, rank.device)
+    bf16 = engine_config.get("bf16", {}).get("enabled", False)
+    model = MedBLIP(model_config, index.grid_size, rank.device, torch.bfloat16 if bf16 else torch.float32)
     made_of = {
         "model": dataclasses.asdict(model_config),
         "recipe": index.recipe,
@@ -110,7 +112,7 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
         if state["contrastive_batch"] != schedule.contrastive_batch:
             before, now = state["contrastive_batch"], schedule.contrastive_batch
             log.warning("the contrastive batch was %d samples and is now %d: losses will differ", before, now)
-    optimizer = build_optimizer(model.to(rank.device), schedule.weight_decay)
+    optimizer = build_optimizer(model, schedule, rank.device)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config)
     if folder is not None:
         checkpoint.load_engine(folder, engine)
@@ -225,6 +227,7 @@ def draw_words(config: TrainConfig, record: dict, sample, draw):
         field_dropout=config.field_dropout,
         query_dropout=config.query_dropout,
         other_questions=config.other_questions,
+        extent_mm=[n * edge_mm for n, edge_mm in zip(record["shape"], record["spacing_mm"], strict=True)],
     )
 
 
@@ -234,14 +237,6 @@ def seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
 
     digest = hashlib.blake2b(f"{seed}/{step}/{micro}/{rank}".encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def catch_signals() -> list[str]:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into an entry of the returned list; nothing is saved in the handler."""
-    caught: list[str] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda received, _: caught.append(signal.Signals(received).name))
-    return caught
 
 
 if __name__ == "__main__":

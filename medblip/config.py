@@ -38,6 +38,7 @@ class ModelConfig:
     """Adapt the language model with LoRA; otherwise it stays as it was published."""
     lora_rank: int = 8
     lora_alpha: int = 16
+    """LoRA's update is scaled by alpha / rank."""
     lora_dropout: float = 0.05
     qformer_dropout: float = 0.1
     max_prompt_tokens: int = 256
@@ -62,6 +63,7 @@ class Preset:
     global_batch: int
     micro_batch: int
     learning_rate: float
+    lora_learning_rate: float
     weight_decay: float
 
 
@@ -76,16 +78,19 @@ _TINY = ModelConfig(
     max_record_tokens=96,
 )
 
+_TINY_PRESET = Preset(
+    model=_TINY,
+    epochs=32,
+    global_batch=16,
+    micro_batch=8,
+    learning_rate=1e-3,
+    lora_learning_rate=5e-3,
+    weight_decay=0.05,
+)
+
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(model=_TINY, epochs=24, global_batch=16, micro_batch=8, learning_rate=1e-3, weight_decay=0.05),
-    "tiny-t5": Preset(
-        model=dataclasses.replace(_TINY, language="tiny/t5"),
-        epochs=24,
-        global_batch=16,
-        micro_batch=8,
-        learning_rate=1e-3,
-        weight_decay=0.05,
-    ),
+    "tiny": _TINY_PRESET,
+    "tiny-t5": dataclasses.replace(_TINY_PRESET, model=dataclasses.replace(_TINY, language="tiny/t5")),
 }
 """`tiny` and `tiny-t5` need no download: their towers are made from a seed on this machine (see towers.py)."""
 
@@ -120,7 +125,10 @@ class TrainConfig:
     """Samples per rank and forward pass. Without it: the preset's, reduced to fit the global batch."""
     learning_rate: float | None = None
     """Peak learning rate. Without it: the preset's."""
+    lora_learning_rate: float | None = None
+    """Peak learning rate of the LoRA matrices, which start at zero and need more. Without it: the preset's."""
     weight_decay: float | None = None
+    """AdamW's weight decay on matrices. Without it: the preset's."""
     warmup_fraction: float = 0.1
     """Share of the steps during which the learning rate rises linearly; then it falls as a cosine."""
     dropout: float | None = None
@@ -138,6 +146,7 @@ class TrainConfig:
     other_questions: float = 0.2
     """Share of the samples with a diagnosis that are asked about age or sex instead."""
     seed: int = 0
+    """Decides the initial weights, the order of the samples and all that is drawn about them."""
     checkpoint_every: int = 500
     """Steps between checkpoints. Training always ends with one."""
     keep_checkpoints: int = 2
@@ -161,7 +170,11 @@ class TrainConfig:
         for names, fits, rule in (
             (counts, lambda value: value >= 1, "must be at least 1"),
             (shares, lambda value: 0 <= value < 1, "must be in [0, 1)"),
-            (("learning_rate", "weight_decay", "dry_run"), lambda value: value >= 0, "must not be negative"),
+            (
+                ("learning_rate", "lora_learning_rate", "weight_decay", "dry_run"),
+                lambda value: value >= 0,
+                "must not be negative",
+            ),
         ):
             for name in names:
                 value = getattr(self, name)

@@ -219,7 +219,7 @@ class Batch:
 class HostBatch:
     """A micro-batch before the device: voxels in one flat uint8 buffer, words as token ids.
 
-    The buffer is used again two batches later.
+    The buffer is filled again after the next batch was taken and `copied`, on a GPU, has passed.
     """
 
     samples: list[Sample]
@@ -227,6 +227,7 @@ class HostBatch:
     examples: list[Example]
     flat: Tensor
     words: dict[str, Tensor]
+    copied: torch.cuda.Event | None
 
 
 def sample_draw(seed: int, epoch: int, key: str, purpose: str) -> random.Random:
@@ -264,7 +265,9 @@ class Loader:
         self._reader, self._samples, self._stream, self._words = reader, samples, stream, words
         self._draw_example, self._positions, self._seed = draw_example, positions, seed
         self._pin = pin
-        self._buffers: list[Tensor | None] = [None] * (depth + 2)  # read ahead, in the training's hands, being filled
+        # Read ahead, in the training's hands, and being filled.
+        self._buffers: list[Tensor | None] = [None] * (depth + 2)
+        self._copied: list[torch.cuda.Event | None] = [None] * (depth + 2)
         self._ready: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
@@ -308,6 +311,8 @@ class Loader:
         places = [self._stream.at(position) for position in positions]
         epochs, samples = [epoch for epoch, _ in places], [self._samples[index] for _, index in places]
         num_voxels = sum(sample.num_voxels for sample in samples)
+        if self._copied[slot] is not None:
+            self._copied[slot].synchronize()
         buffer = self._buffers[slot]
         if buffer is None or buffer.numel() < num_voxels:
             buffer = self._buffers[slot] = torch.empty(num_voxels, dtype=torch.uint8, pin_memory=self._pin)
@@ -316,8 +321,9 @@ class Loader:
             self._draw_example(self._reader.record(s), s, sample_draw(self._seed, epoch, s.key, "words"))
             for s, epoch in zip(samples, epochs, strict=True)
         ]
+        self._copied[slot] = torch.cuda.Event() if self._pin else None
         words = self._words.batch(examples, [sample.subject for sample in samples])
-        return HostBatch(samples, epochs, examples, buffer[:num_voxels], words)
+        return HostBatch(samples, epochs, examples, buffer[:num_voxels], words, self._copied[slot])
 
 
 def to_device(
@@ -325,6 +331,8 @@ def to_device(
 ) -> Batch:
     """Moves a batch to the device; see `unpack` for what happens to the volumes."""
     volume_BXYZ = unpack(host.flat, host.samples, grid_size, device, dtype, host.epochs, augment_seed)
+    if host.copied is not None:
+        host.copied.record()
     words = {name: tensor.to(device, non_blocking=True) for name, tensor in host.words.items()}
     return Batch(keys=[sample.key for sample in host.samples], volume_BXYZ=volume_BXYZ, **words)
 

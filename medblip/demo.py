@@ -33,6 +33,10 @@ class DemoOptions:
     """Optimizer steps. Without it: the preset's epochs."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.subjects < 60:
+            raise ValueError(f"--subjects must be at least 60, or too few are held out; not {self.subjects}")
+
 
 def demo(options: DemoOptions) -> int:
     """Runs every stage as its own command and returns the first exit code that is not 0."""
@@ -61,13 +65,14 @@ def demo(options: DemoOptions) -> int:
         (
             "2/5  scans to shards, and the shards read back",
             [python, "-m", "sharding.build", "--manifest", out / "patients/manifest.csv", "--out", out / "shards"]
-            + ["--size", 96, "--spacing-mm", 2, "--shard-samples", 40],
+            + ["--size", 96, "--spacing-mm", 2.2, "--shard-samples", 40],
         ),
         ("", [python, "-m", "sharding.verify", out / "shards"]),
         (
             f"3/5  training on {ranks} ranks",
             [deepspeed, "--num_gpus", ranks, "train.py", "--deepspeed_config", f"ds_configs/{engine}"]
-            + ["--preset", "tiny", "--data", out / "shards", "--run", out / "run", "--seed", options.seed]
+            + ["--preset", "tiny", "--data", out / "shards", "--run", out / "run", "--ehr", "cognition"]
+            + ["--seed", options.seed]
             + (["--steps", options.steps] if options.steps else []),
         ),
         (

@@ -47,8 +47,8 @@ ARMS = {
 
 ArmName = Literal["image", "text", "both", "shuffled_image", "both_shuffled"]
 
-SHUFFLES = 10
-"""Rounds of the shuffled arms: one round's score depends on who happened to get whose scan."""
+SHUFFLED_PAIRS, MAX_SHUFFLES = 1000, 10
+"""Pairs of scan and record in a shuffled arm, and its rounds: one round's score depends on who got whose scan."""
 
 OTHER_ANSWER = "other"
 """Stands in predictions.csv for a written answer that is none of the options: it could repeat the record."""
@@ -237,7 +237,8 @@ def evaluate_cohort(
     if len(classes) == 1:
         notes.append(f"only {classes[0]} occurs, so there is nothing to tell apart and no score")
     own_N = list(range(len(samples)))
-    others = shuffle_over_subjects([sample.subject for sample in samples], SHUFFLES, options.seed)
+    num_rounds = min(MAX_SHUFFLES, max(1, SHUFFLED_PAIRS // len(samples)))
+    others = shuffle_over_subjects([sample.subject for sample in samples], num_rounds, options.seed)
     known: dict[tuple[str, int | None], list[float]] = {}  # most shuffled pairs were asked about before
     for name in options.arms:
         arm = ARMS[name]

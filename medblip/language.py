@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LORA_TARGETS = {"gpt2": ["c_attn"], "t5": ["q", "v"], "biogpt": ["q_proj", "v_proj"]}
+LORA_TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "t5": ["q", "v"], "biogpt": ["q_proj", "v_proj"]}
 """Linear layers that LoRA adapts, by model type; for any other model, all of them."""
 
 

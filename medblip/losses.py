@@ -50,7 +50,9 @@ def contrastive_loss(
         target_BG = (1 - smoothing) * target_BG + smoothing * is_valid_G / num_valid.clamp(min=1)
         # Every rank averages over its own rows; weighting by the count of all makes the ranks' mean exact.
         weight_B = is_valid_B * (world_size() / num_valid.clamp(min=1)) * float(enough)
-    temperature = temperature.float().clamp(0.01, 0.5)
+    # The gradient passes the clamp, so that a temperature beyond a bound can come back.
+    temperature = temperature.float()
+    temperature = temperature + (temperature.clamp(0.01, 0.5) - temperature).detach()
     image_to_text_BG = torch.einsum("bqk,gk->bgq", image_BQK, text_GK).amax(-1) / temperature
     text_to_image_BG = torch.einsum("bk,gqk->bgq", text_BK, image_GQK).amax(-1) / temperature
     loss = 0.0

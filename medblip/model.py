@@ -48,12 +48,20 @@ class Contrast(nn.Module):
 class MedBLIP(nn.Module):
     """The model as one module tree: `vision`, `qformer`, `contrast`, `language`."""
 
-    def __init__(self, config: ModelConfig, grid_size: int, device: torch.device, bundled=None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        grid_size: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        bundled=None,
+    ):
         """
         Args:
             config: the parts.
             grid_size: voxels along each edge of a volume, from the shards' recipe.
             device: where it will run, which decides the attention kernel.
+            dtype: of the pretrained weights; bf16 halves what each rank holds while it starts.
             bundled: folder of an exported model that holds its own towers.
 
         Raises:
@@ -72,12 +80,13 @@ class MedBLIP(nn.Module):
             towers.locate(source, bundled) for source in (config.vision, config.qformer, config.language)
         )
         attention = {name: resolve_attention(name, device) for name in ("vision", "qformer", "language")}
-        tower = _load(Blip2VisionModel, vision, attention["vision"])
+        tower = _load(Blip2VisionModel, vision, dtype, attention["vision"])
         self.vision = VisionTower(tower, grid_size, config.patch_edge, config.train_final_layernorm)
         self.qformer = MedQFormer(
             _load(
                 Blip2QFormerModel,
                 qformer,
+                torch.float32,  # all of it is trained
                 attention["qformer"],
                 hidden_dropout_prob=config.qformer_dropout,
                 attention_probs_dropout_prob=config.qformer_dropout,
@@ -87,7 +96,8 @@ class MedBLIP(nn.Module):
         )
         self.contrast = Contrast(self.qformer.width, config.contrast_width)
         is_seq2seq = AutoConfig.from_pretrained(language).is_encoder_decoder
-        lm = _load(AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM, language, attention["language"])
+        kind = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+        lm = _load(kind, language, dtype, attention["language"])
         self.language = Language(
             lm, self.qformer.width, config.lora, config.lora_rank, config.lora_alpha, config.lora_dropout
         )
@@ -107,14 +117,19 @@ class MedBLIP(nn.Module):
             batch.answer_ids_BA,
             batch.is_answer_BA,
         )
-        losses = {"loss_lm": language_loss(logp_BA, batch.is_answer_BA)}
-        if contrastive:
-            record_BC = self.qformer.read_text(batch.record_ids_BT, batch.is_record_BT)
-            statement_BC = self.qformer.read_text(batch.statement_ids_BT, batch.is_statement_BT)
-            record, statement = self.contrast(queries_BQC, record_BC, statement_BC, batch)
-            losses |= {"loss_itc": record + statement, "loss_itc_record": record, "loss_itc_answer": statement}
-        losses["loss"] = losses["loss_lm"] + losses.get("loss_itc", 0.0)
-        return losses
+        loss_lm = language_loss(logp_BA, batch.is_answer_BA)
+        if not contrastive:
+            return {"loss": loss_lm, "loss_lm": loss_lm, "loss_itc": torch.zeros_like(loss_lm)}
+        record_BC = self.qformer.read_text(batch.record_ids_BT, batch.is_record_BT)
+        statement_BC = self.qformer.read_text(batch.statement_ids_BT, batch.is_statement_BT)
+        record, statement = self.contrast(queries_BQC, record_BC, statement_BC, batch)
+        return {
+            "loss": loss_lm + record + statement,
+            "loss_lm": loss_lm,
+            "loss_itc": record + statement,
+            "loss_itc_record": record,
+            "loss_itc_answer": statement,
+        }
 
     def frozen_fingerprints(self) -> dict[str, str]:
         """Fingerprints of the towers as they came, by which a checkpoint knows what it was trained on."""
@@ -156,12 +171,12 @@ def resolve_attention(part: str, device: torch.device) -> str:
     return "flash_attention_2" if has_kernel else "sdpa"
 
 
-def _load(kind, source: str, attention: str, **overrides):
+def _load(kind, source: str, dtype: torch.dtype, attention: str, **overrides):
     """`from_pretrained`, strict: every weight the model expects must be in the checkpoint."""
     if attention == "flash_attention_2" and not _supports_flash(kind, source):
         attention = "sdpa"
     model, info = kind.from_pretrained(
-        source, attn_implementation=attention, output_loading_info=True, dtype=torch.float32, **overrides
+        source, attn_implementation=attention, output_loading_info=True, dtype=dtype, **overrides
     )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 from medblip.config import TrainConfig
 from medblip.distributed import log
 
-# Options that may change when a run goes on: none of them changes what is learned.
+# Options that may change when a run goes on: none of them changes what is learned. Steps and global batch are
+# compared as they came out, with the checkpoint.
 FREE_ON_RESUME = {
-    "data", "run", "deepspeed_config", "micro_batch", "checkpoint_every", "keep_checkpoints",
+    "data", "run", "deepspeed_config", "steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
     "log_every", "read_threads", "wandb", "dry_run", "local_rank",
 }  # fmt: skip
 
@@ -60,6 +62,27 @@ def check_same_run(stored: dict[str, Any], config: TrainConfig) -> None:
     ]
     if differing:
         raise ValueError(f"{config.run} was begun with other options: {'; '.join(differing)}; take another --run")
+
+
+def catch_signals() -> list[str]:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into an entry of the returned list; nothing is saved in the handler."""
+    caught: list[str] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda received, _: caught.append(signal.Signals(received).name))
+    return caught
+
+
+def keep_schedule(run: Path, config: TrainConfig, world_size: int) -> TrainConfig:
+    """For a run that goes on: its steps, its global batch and, where the ranks allow it, its contrastive batch."""
+    path = run / "config.json"
+    if not path.exists():
+        return config
+    before = json.loads(path.read_text())["schedule"]
+    kept = {name: before[name] for name in ("steps", "global_batch") if getattr(config, name) is None}
+    contrastive_batch = before["global_batch"] // before["accumulation"]
+    if config.micro_batch is None and contrastive_batch % world_size == 0:
+        kept["micro_batch"] = contrastive_batch // world_size
+    return dataclasses.replace(config, **kept)
 
 
 class Progress:
@@ -149,7 +172,7 @@ def _start_wandb(run: Path, config: TrainConfig, first_step: int):
         log.warning("wandb is off: no WANDB_API_KEY (WANDB_MODE=offline keeps the curves in the run folder)")
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
-    shown = {name: value for name, value in dataclasses.asdict(config).items() if name != "local_rank"}
+    shown = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("data", "run", "local_rank")}
     return wandb.init(
         project=config.wandb, dir=run, name=run.name, id=run.name, resume="allow" if first_step else None, config=shown
     )

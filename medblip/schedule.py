@@ -20,6 +20,7 @@ class Schedule:
     accumulation: int
     warmup_steps: int
     learning_rate: float
+    lora_learning_rate: float
     weight_decay: float
 
     @property
@@ -66,8 +67,10 @@ def plan_schedule(config: TrainConfig, num_samples: int, world_size: int) -> tup
             micro_batch=micro,
             accumulation=per_rank // micro,
             warmup_steps=max(1, round(config.warmup_fraction * steps)),
-            learning_rate=preset.learning_rate if config.learning_rate is None else config.learning_rate,
-            weight_decay=preset.weight_decay if config.weight_decay is None else config.weight_decay,
+            **{
+                name: getattr(preset if getattr(config, name) is None else config, name)
+                for name in ("learning_rate", "lora_learning_rate", "weight_decay")
+            },
         ),
         notes,
     )

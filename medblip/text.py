@@ -25,6 +25,7 @@ QUESTIONS = {
     "diagnosis": (DIAGNOSIS_QUESTION, "What is the diagnosis of this subject?"),
     "sex": ("What is the sex of this subject?",),
     "age": ("How old is this subject?",),
+    "extent": ("How large is the imaged region?",),
 }
 
 TIER_FIELDS: dict[EhrTier, tuple[str, ...]] = {
@@ -131,22 +132,28 @@ def draw_example(
     field_dropout: float = 0.0,
     query_dropout: float = 0.0,
     other_questions: float = 0.0,
+    extent_mm: tuple[float, float, float] | None = None,
 ) -> Example:
     """Chooses a question for a sample and renders its words; `draw` decides all that is random.
 
-    A question about a field takes that field out of the record. A sample without a diagnosis is asked about what
-    is known of it; if nothing is, its answer is empty.
+    A question about a field takes that field out of the record. A sample without a diagnosis is asked about what is
+    known of it: sex or age, else how far the image reaches to the right, to the front and up (`extent_mm`). If nothing
+    is known, its answer is empty.
     """
     others = [kind for kind, field in (("sex", "sex"), ("age", "age_years")) if fields.get(field) is not None]
     ask_other, which = draw.random() < other_questions, draw.random()
     kind = "diagnosis"
     if others and (diagnosis is None or ask_other):
         kind = others[int(which * len(others))]
+    elif diagnosis is None and extent_mm is not None:
+        kind = "extent"
     question = draw.choice(QUESTIONS[kind])
     if kind == "sex":
         answer, asked = ("female" if fields["sex"] == "F" else "male"), "sex"
     elif kind == "age":
         answer, asked = f"{fields['age_years']:.0f}", "age_years"
+    elif kind == "extent":
+        answer, asked = " x ".join(f"{edge:.0f}" for edge in extent_mm) + " mm", ""
     else:
         answer, asked = DIAGNOSIS_ANSWERS.get(diagnosis or "", ""), ""
     dropped = {name for name in fields_of(tier) if draw.random() < field_dropout} | {asked}
@@ -169,8 +176,8 @@ def template_text(draw: random.Random) -> tuple[str, str, str]:
     disease is taught, only the wording and that an answer follows from what was read.
     """
     fields = {
-        "age_years": draw.randint(18, 99),
-        "sex": draw.choice("FM"),
+        "age_years": draw.choice((draw.randint(18, 99), draw.randint(18, 99), None)),
+        "sex": draw.choice(("F", "M", None)),
         "education_years": draw.randint(4, 24),
         "apoe_e4": draw.randint(0, 2),
         "mmse": draw.randint(0, 30),
@@ -181,11 +188,12 @@ def template_text(draw: random.Random) -> tuple[str, str, str]:
     example = draw_example(
         fields,
         "",
-        draw.choice(tuple(DIAGNOSIS_ANSWERS)),
+        draw.choice((*DIAGNOSIS_ANSWERS, *DIAGNOSIS_ANSWERS, None)),
         draw.choice(tuple(TIER_FIELDS)),
         draw,
         record_dropout=0.3,
         field_dropout=0.3,
-        other_questions=0.5,
+        other_questions=0.4,
+        extent_mm=tuple(draw.randint(60, 260) for _ in range(3)),
     )
     return f"{example.answer}.", example.prompt, example.answer

@@ -18,9 +18,6 @@ export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 # srun no longer takes --cpus-per-task over from sbatch by itself (Slurm 22.05 and later).
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
-# Minutes that ranks wait for each other, for slow disks at start-up.
-export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-30}
-
 # Log lines appear when they are written.
 export PYTHONUNBUFFERED=1
 

@@ -111,7 +111,7 @@ def test_no_file_names_a_folder_of_one_machine():
 
 
 @pytest.mark.parametrize(
-    "command", ["-c 'from medblip.cli import main; main()'", "-m sharding.build", "-m sharding.manifest", "train.py"]
+    "command", ["-c 'from medblip.cli import main; main()'", "-m sharding.build", "-m sharding.verify", "train.py"]
 )
 def test_help_answers_at_once(command):
     """Under half a second of a quiet machine's time; twice that is allowed here."""

@@ -101,8 +101,18 @@ def test_temperature_is_kept_between_a_hundredth_and_a_half(given, used):
     def loss(temperature):
         return contrastive_loss(image, text, groups, valid, torch.tensor([temperature])).item()
 
-    assert loss(given) == loss(used)
+    assert loss(given) == pytest.approx(loss(used), rel=1e-4)
     assert loss(0.012) != loss(0.01) and loss(0.49) != loss(0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.07, 3.0])
+def test_a_temperature_beyond_a_bound_still_learns(temperature):
+    draw = torch.Generator().manual_seed(4)
+    image, text = torch.randn(4, 3, 12, generator=draw), torch.randn(4, 12, generator=draw)
+    groups, valid = torch.arange(4)[:, None], torch.ones(4, dtype=torch.bool)
+    leaf = torch.tensor([temperature], requires_grad=True)
+    contrastive_loss(image, text, groups, valid, leaf).backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.any()
 
 
 def test_more_smoothing_asks_for_a_flatter_match():

@@ -83,7 +83,9 @@ def test_text_and_queries_share_self_attention_but_not_the_feed_forward():
     text_only = {name for name in text - image if "key.bias" not in name}
     image_only = {name for name in image - text if "key.bias" not in name}
     assert text_only == {
-        name for name in learned if name.startswith("text_embedding") or ".intermediate." in name or ".output." in name
+        name
+        for name in learned
+        if name.startswith("text_embedding") or ".intermediate." in name or ".output." in name
         if "attention" not in name
     }
     assert image_only >= {name for name in learned if "_query" in name or "crossattention" in name} | {"queries"}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -18,10 +19,9 @@ def train_command(shards, run, *options, launcher=(sys.executable,), engine="zer
     return [*command, "--data", str(shards), "--run", str(run), "--global-batch", "4", "--micro-batch", "2", *options]
 
 
-def run_training(shards, run, *options, code=0, **how):
-    done = subprocess.run(
-        train_command(shards, run, *map(str, options), **how), cwd=ROOT, capture_output=True, text=True
-    )
+def run_training(shards, run, *options, code=0, environment=None, **how):
+    command = train_command(shards, run, *map(str, options), **how)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | (environment or {}))
     assert done.returncode == code, done.stderr[-3000:]
     return done
 
@@ -170,3 +170,28 @@ def test_wrong_usage_is_exit_code_2_with_the_nearest_name(made_up_shards, tmp_pa
     done = run_training(made_up_shards, tmp_path / "run", "--step", 2, code=2)
     assert "--steps" in done.stderr
     assert "did you mean 'tiny'" in run_training(made_up_shards, tmp_path / "run", "--preset", "tinny", code=2).stderr
+
+
+@pytest.mark.slow
+def test_deepspeed_and_torchrun_start_the_same_training(made_up_shards, tmp_path):
+    bin_folder = Path(sys.executable).parent
+    launchers = {
+        "deepspeed": (bin_folder / "deepspeed", "--num_gpus", "2"),
+        "torchrun": (bin_folder / "torchrun", "--nproc-per-node", "2", "--master-port", "29533"),
+    }
+    for name, launcher in launchers.items():
+        run_training(made_up_shards, tmp_path / name, "--steps", 4, launcher=[*map(str, launcher)])
+    assert metrics(tmp_path / "deepspeed") == metrics(tmp_path / "torchrun")
+
+
+@pytest.mark.slow
+def test_wandb_keeps_numbers_offline_and_is_off_without_a_key(made_up_shards, tmp_path):
+    quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run_training(made_up_shards, tmp_path / "offline", "--steps", 2, "--wandb", "medblip-test", environment=quiet)
+    assert list((tmp_path / "offline").glob("wandb/offline-run-*/*.wandb"))
+    no_key = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}
+    home = {"MEDBLIP_HOME": os.environ.get("MEDBLIP_HOME", str(Path.home() / ".cache/medblip"))}
+    done = run_training(
+        made_up_shards, tmp_path / "off", "--steps", 2, "--wandb", "medblip-test", environment=no_key | home
+    )
+    assert "wandb is off" in done.stderr and not (tmp_path / "off/wandb").exists()

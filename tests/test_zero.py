@@ -26,7 +26,7 @@ def train_on_ranks(shards, run, engine, steps=STEPS, ranks=2, stop_after=0):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "STOP_AFTER": str(stop_after)}
     done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) == (stop_after == 0), done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(path.read_text()) for path in sorted(Path(run).glob("frozen-rank*.json"))]
 
 
 def losses_of(run):
@@ -55,7 +55,7 @@ def plain_losses(made_up_shards):
     schedule, _ = plan_schedule(config, len(samples), 1)
     torch.manual_seed(config.seed)
     model = MedBLIP(config.model_config(), index.grid_size, torch.device("cpu"))
-    optimizer = build_optimizer(model, schedule.weight_decay)
+    optimizer = build_optimizer(model, schedule, torch.device("cpu"))
     loader = Loader(
         Reader(index, 1),
         samples,

@@ -1,4 +1,4 @@
-"""Runs train.py, then prints the fingerprints of the frozen towers as this rank's engine holds them.
+"""Runs train.py, then writes the fingerprints of the frozen towers as this rank's engine holds them.
 
 With STOP_AFTER=N in the environment, the run gets a SIGTERM after N steps.
 """
@@ -6,6 +6,8 @@ With STOP_AFTER=N in the environment, the run gets a SIGTERM after N steps.
 import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import train
 
@@ -28,5 +30,7 @@ if code == 0:
 
     model = engines[0].module
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        print(json.dumps(model.frozen_fingerprints()), flush=True)
+        fingerprints = json.dumps(model.frozen_fingerprints())
+    run = Path(sys.argv[sys.argv.index("--run") + 1])
+    (run / f"frozen-rank{os.environ['RANK']}.json").write_text(fingerprints)
 raise SystemExit(code)
