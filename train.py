@@ -15,14 +15,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import tyro
 
 from medblip.config import TrainConfig
-from medblip.schedule import Schedule, load_deepspeed_config, plan_schedule
+from medblip.schedule import Schedule, load_deepspeed_config, plan_schedule, positions
 
 SAVED_RUN_ME_AGAIN = 85
 
@@ -55,12 +54,13 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
     import torch
 
     from medblip import checkpoint
-    from medblip.data import Loader, Reader, SampleStream, ShardIndex
+    from medblip.data import Loader, SampleStream
     from medblip.distributed import any_rank, barrier, log
     from medblip.model import MedBLIP
     from medblip.optim import build_optimizer, set_learning_rate
     from medblip.preview import dry_run
     from medblip.progress import Progress, check_same_run, keep_schedule, lock, write_json
+    from medblip.shards import Reader, ShardIndex
     from medblip.words import build_words
 
     run = Path(config.run)
@@ -203,14 +203,6 @@ def save_checkpoint(run: Path, engine, step: int, schedule: Schedule, made_of: d
         **made_of,
     }
     log.info("saved %s", checkpoint.save(run, engine, state, rank, keep))
-
-
-def positions(first_step: int, schedule: Schedule, rank: int, world: int) -> Iterator[list[int]]:
-    """Stream positions of each micro-batch of one rank, from a step on."""
-    for step in range(first_step, schedule.steps):
-        for micro in range(schedule.accumulation):
-            first = step * schedule.global_batch + (micro * world + rank) * schedule.micro_batch
-            yield list(range(first, first + schedule.micro_batch))
 
 
 def draw_words(config: TrainConfig, record: dict, sample, draw):

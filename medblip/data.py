@@ -1,12 +1,11 @@
 """From shards to batches on the device.
 
-1. `ShardIndex` knows where every sample lies (index.json); nothing is scanned at start.
+1. shards.py knows where every sample lies, and reads samples by offset straight into one flat uint8 buffer.
 2. `SampleStream` says which sample stands at which position: one shuffled permutation per epoch, end to end, a pure
    function of (seed, epoch). A run's place in the data is therefore one number, for any number of ranks.
-3. `Reader` reads and decompresses samples by offset, with threads, straight into one flat uint8 buffer.
-4. `Loader` does this ahead of the training for one rank, in reused (on a GPU: pinned) buffers, and has the samples'
-   words tokenised: a `HostBatch`.
-5. `to_device` pads, scales, augments and casts on the device: a `Batch`.
+3. `Loader` does the reading ahead of the training for one rank, in reused (on a GPU: pinned) buffers, and has the
+   samples' words tokenised: a `HostBatch`.
+4. `to_device` pads, scales, augments and casts on the device: a `Batch`.
 
 What is random about a sample is drawn from (seed, epoch, KEY), never from a rank's stream.
 """
@@ -14,103 +13,22 @@ What is random about a sample is drawn from (seed, epoch, KEY), never from a ran
 from __future__ import annotations
 
 import functools
-import io
-import json
-import os
 import queue
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
-from medblip.config import unknown
+from medblip.shards import Reader, Sample
 from medblip.text import Example
 from medblip.words import Words
 
 INTENSITY_MEAN, INTENSITY_STD = 0.45, 0.27
 """Volumes are scaled as the images that the 2-D towers were trained on (CLIP's, averaged over its channels)."""
-
-
-class Sample(NamedTuple):
-    """One packed scan: who (hashed) and where."""
-
-    key: str
-    shard: int
-    volume: tuple[int, int]
-    record: tuple[int, int]
-    shape: tuple[int, int, int]
-    pad_before: tuple[int, int, int]
-    cohort: str
-    subject: str
-    diagnosis: str | None
-
-    @property
-    def num_voxels(self) -> int:
-        return self.shape[0] * self.shape[1] * self.shape[2]
-
-
-class ShardIndex:
-    """The contents of a folder of shards, from its index.json.
-
-    Raises:
-        ValueError: if the folder has no index, or a shard is missing or has another size than the index says.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        path = self.folder / "index.json"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: not a finished folder of shards; run python -m sharding.build")
-        content = json.loads(path.read_bytes())
-        self.recipe: dict = content["recipe"]
-        self.recipe_id: str = content["recipe_id"]
-        self.codec: str = content["codec"]
-        self.shards: list[Path] = [self.folder / shard["name"] for shard in content["shards"]]
-        self._samples: dict[str, list[Sample]] = {}
-        for number, shard in enumerate(content["shards"]):
-            size = self.shards[number].stat().st_size if self.shards[number].is_file() else "missing"
-            if size != shard["bytes"]:
-                raise ValueError(
-                    f"{self.shards[number]}: {size} where index.json says {shard['bytes']} bytes; "
-                    f"run python -m sharding.verify {self.folder}"
-                )
-            self._samples.setdefault(shard["split"], []).extend(
-                Sample(
-                    sample["key"],
-                    number,
-                    tuple(sample["volume"]),
-                    tuple(sample["record"]),
-                    tuple(sample["shape"]),
-                    tuple(sample["pad_before"]),
-                    sample["cohort"],
-                    sample["subject"],
-                    sample["diagnosis"],
-                )
-                for sample in shard["samples"]
-            )
-
-    @property
-    def grid_size(self) -> int:
-        """Voxels along each edge of a padded volume."""
-        return self.recipe["size"]
-
-    def samples(self, split: str) -> list[Sample]:
-        """All samples of a split, in the order of the shards.
-
-        Raises:
-            ValueError: if the split holds none.
-        """
-        if not self._samples.get(split):
-            raise ValueError(f"{self.folder}: {unknown('split', split, self._samples)}")
-        return self._samples[split]
 
 
 class SampleStream:
@@ -138,62 +56,6 @@ class SampleStream:
         """(epoch, index of the sample) at a position of the stream."""
         epoch, place = divmod(position, self.num_samples)
         return epoch, int(self._order(epoch)[place])
-
-
-class Reader:
-    """Reads samples of shards by offset with several threads; safe to share between threads."""
-
-    def __init__(self, index: ShardIndex, threads: int):
-        self.index = index
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        self._files = [os.open(path, os.O_RDONLY) for path in index.shards]
-        self._local = threading.local()
-
-    def record(self, sample: Sample) -> dict:
-        """The sample's KEY.json."""
-        offset, size = sample.record
-        return json.loads(os.pread(self._files[sample.shard], size, offset))
-
-    def volumes(self, samples: list[Sample], flat: np.ndarray) -> None:
-        """Fills `flat` (uint8) with the samples' voxels, one after the other.
-
-        Raises:
-            ValueError: naming the shard and KEY of a sample that does not decode to its shape.
-        """
-        starts = np.cumsum([0] + [sample.num_voxels for sample in samples]).tolist()
-        jobs = [
-            self._pool.submit(self._fill, sample, flat[begin:end])
-            for sample, begin, end in zip(samples, starts[:-1], starts[1:], strict=True)
-        ]
-        for job in jobs:
-            job.result()
-
-    def _fill(self, sample: Sample, into: np.ndarray) -> None:
-        offset, size = sample.volume
-        if self.index.codec == "raw":
-            num_read = os.preadv(self._files[sample.shard], [into], offset)
-        else:
-            packed = os.pread(self._files[sample.shard], size, offset)
-            if not hasattr(self._local, "zstd"):
-                self._local.zstd = zstandard.ZstdDecompressor()
-            num_read = 0
-            try:
-                with self._local.zstd.stream_reader(io.BytesIO(packed)) as stream:
-                    while num_read < into.size and (more := stream.readinto(into[num_read:])):
-                        num_read += more
-            except zstandard.ZstdError as error:
-                raise ValueError(
-                    f"{self.index.shards[sample.shard]}: sample {sample.key} is damaged: {error}"
-                ) from None
-        if num_read != into.size:
-            raise ValueError(
-                f"{self.index.shards[sample.shard]}: sample {sample.key} has {num_read} voxels instead of {into.size}"
-            )
-
-    def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        for file in self._files:
-            os.close(file)
 
 
 @dataclass(frozen=True)

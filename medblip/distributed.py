@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -72,9 +73,10 @@ def setup(timeout_s: float = 1800) -> Rank:
 def _read_slurm() -> None:
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "SLURM_STEP_NODELIST" not in os.environ:
         return
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True
-    ).stdout.split()
+    nodes = []
+    if shutil.which("scontrol"):
+        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+        nodes = subprocess.run(command, capture_output=True, text=True).stdout.split()
     os.environ.update(
         RANK=os.environ["SLURM_PROCID"],
         LOCAL_RANK=os.environ["SLURM_LOCALID"],

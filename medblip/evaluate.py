@@ -26,8 +26,8 @@ from medblip.text import DIAGNOSIS_ANSWERS, DIAGNOSIS_QUESTION, TIER_FIELDS, ren
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` must not wait for it
     from torch import Tensor
 
-    from medblip.data import Reader, Sample, ShardIndex
     from medblip.inference import Assistant
+    from medblip.shards import Reader, Sample, ShardIndex
 
 
 class Arm(NamedTuple):
@@ -106,10 +106,10 @@ def evaluate(options: EvaluateOptions) -> int:
     Raises:
         ValueError: if the data does not fit the model, or a subject was seen in training.
     """
-    from medblip.data import Reader, ShardIndex
     from medblip.distributed import log
     from medblip.inference import Assistant
     from medblip.report import plain_table, write_report
+    from medblip.shards import Reader, ShardIndex
 
     index = ShardIndex(options.data)
     everyone = index.samples(options.split)

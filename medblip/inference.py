@@ -13,8 +13,9 @@ from torch import Tensor
 
 from medblip import checkpoint
 from medblip.config import EhrTier, ModelConfig
-from medblip.data import Sample, unpack
+from medblip.data import unpack
 from medblip.model import MedBLIP
+from medblip.shards import Sample
 from medblip.text import DIAGNOSIS_ANSWERS, DIAGNOSIS_QUESTION, render_prompt
 from medblip.volume import Prepared, Recipe
 from medblip.words import build_words

@@ -58,10 +58,11 @@ class Language(nn.Module):
         self.projection = nn.Linear(query_width, width)
 
     def prefix(self, queries_BQC: Tensor, use_queries_B: Tensor, prompt_ids_BT: Tensor, is_prompt_BT: Tensor) -> Prefix:
-        """[prompt, queries] with all padding on the left, so that the answer follows what was read at once.
+        """[prompt, queries] with the padding where it cannot be felt; `prompt_ids_BT` must be padded on the left.
 
-        Where `use_queries_B` is False the queries are left out: they move to the left end and count as padding.
-        Prompts must be padded on the left.
+        For a decoder all padding is on the left, so that the answer follows at once; for an encoder-decoder on the
+        right, since some encoders count positions from the left end. Queries that are left out (`use_queries_B` is
+        False) go to that end and count as padding.
         """
         prompt_BTE = self.lm.get_input_embeddings()(prompt_ids_BT)
         queries_BQE = self.projection(queries_BQC).to(prompt_BTE.dtype)
@@ -70,7 +71,10 @@ class Language(nn.Module):
         is_query_BQ = use_queries_B[:, None].expand(-1, num_queries)
         is_read_BS = torch.cat([is_prompt_BT, is_query_BQ], dim=1)
         position_S = torch.arange(is_read_BS.shape[1], device=is_read_BS.device)
-        shift_B1 = torch.where(use_queries_B, 0, num_queries)[:, None]
+        if self.is_encoder_decoder:
+            shift_B1 = -(~is_prompt_BT).sum(1, keepdim=True)
+        else:
+            shift_B1 = torch.where(use_queries_B, 0, num_queries)[:, None]
         source_BS = (position_S[None] - shift_B1) % is_read_BS.shape[1]
         return Prefix(
             embeddings_BSE.gather(1, source_BS[..., None].expand_as(embeddings_BSE)), is_read_BS.gather(1, source_BS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medblip.data import Reader, ShardIndex
+from medblip.shards import Reader, ShardIndex
 from medblip.volume import place
 
 GREY, BLUE, ORANGE, GREEN = "#666666", "#1f77b4", "#d95f02", "#2a9d5c"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def plan_schedule(config: TrainConfig, num_samples: int, world_size: int) -> tup
     )
 
 
+def positions(first_step: int, schedule: Schedule, rank: int, world: int) -> Iterator[list[int]]:
+    """Stream positions of each micro-batch of one rank, from a step on."""
+    for step in range(first_step, schedule.steps):
+        for micro in range(schedule.accumulation):
+            first = step * schedule.global_batch + (micro * world + rank) * schedule.micro_batch
+            yield list(range(first, first + schedule.micro_batch))
+
+
 def load_deepspeed_config(path: str | Path, schedule: Schedule) -> dict[str, Any]:
     """Reads a DeepSpeed JSON and writes the batch sizes into it.
 
@@ -86,6 +95,8 @@ def load_deepspeed_config(path: str | Path, schedule: Schedule) -> dict[str, Any
         engine = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--deepspeed_config {path}: cannot be read as JSON ({error})") from None
+    if not isinstance(engine, dict):
+        raise ValueError(f"--deepspeed_config {path}: not a JSON object")
     for key in ("optimizer", "scheduler"):
         if key in engine:
             raise ValueError(f"{path}: remove '{key}': train.py owns the optimizer and the learning rate")

@@ -39,14 +39,18 @@ TIER_FIELDS: dict[EhrTier, tuple[str, ...]] = {
 
 # A free-text report is read sentence by sentence; a sentence that mentions a field of a higher tier is left out.
 _MENTIONS: dict[EhrTier, re.Pattern[str]] = {
-    "genetics": re.compile(r"\bapo-?\s?e|\be4\b|epsilon", re.I),
-    "cognition": re.compile(r"\bmmse\b|mini[- ]mental|\bmoca\b|montreal cognitive", re.I),
-    "staging": re.compile(r"\bcdr\b|clinical dementia rating|sum of boxes", re.I),
+    "genetics": re.compile(r"apo-?\s?e|apolipo|\be[234]\b|epsilon", re.I),
+    "cognition": re.compile(r"mmse|mini[- ]?mental|moca|montreal cognitive", re.I),
+    "staging": re.compile(r"cdr|clinical dementia rating|sum of boxes", re.I),
 }
-_DIAGNOSIS = re.compile(r"(?i:diagnos|\bdement|alzheimer|\bcognitive(ly)? (impair|normal))|\bMCI\b|\bAD\b")
+_DIAGNOSIS = re.compile(
+    r"(?i:diagnos|dement|alzheimer|cognitive(ly)? (impair|normal|unimpair|intact|declin))"
+    r"|(?i:(normal|intact|impaired) cognit|donepezil|rivastigmine|galantamine|memantine|lecanemab|donanemab|aducanumab)"
+    r"|MCI\b|\bAD\b|\bCN\b"
+)
 _ASKED = {
-    "age_years": re.compile(r"\bage[sd]?\b|\byears?[- ]old\b", re.I),
-    "sex": re.compile(r"\b(sex|gender|(fe)?male|(wo)?man|s?he|his|hers?|him)\b", re.I),
+    "age_years": re.compile(r"\bage[sd]?\b|\b(yo|y/o|yrs?|years?)\b|year-old", re.I),
+    "sex": re.compile(r"\b(sex|gender|(fe)?male|(wo)?man|s?he|his|hers?|him|lady|gentleman)\b", re.I),
 }
 
 
@@ -85,8 +89,13 @@ def render_record(fields: dict, report: str, tier: EhrTier, dropped: frozenset[s
         tiers = list(TIER_FIELDS)
         above = [_MENTIONS[name] for name in tiers[tiers.index(tier) + 1 :] if name in _MENTIONS]
         above += [_DIAGNOSIS, *(pattern for name, pattern in _ASKED.items() if name in dropped)]
-        sentences = re.split(r"(?<=[.!?;])\s+|\n+", report.strip())
-        return " ".join(s for s in sentences if s and not any(pattern.search(s) for pattern in above))
+        kept, value_follows = [], False
+        for sentence in re.split(r"(?<=[.!?;])\s+|\s*\n\s*", report.strip()):
+            left_out = value_follows or any(pattern.search(sentence) for pattern in above)
+            # "The MMSE total score is", cut by the end of the line: the number stands on the next one.
+            value_follows = left_out and re.search(r"[\d.!?;]$", sentence) is None
+            kept += [] if left_out else [sentence]
+        return " ".join(kept)
     return " ".join(
         _SENTENCES[name](fields[name])
         for name in fields_of(tier)

@@ -84,7 +84,9 @@ def pack_shard(out: Path, shard: Shard, recipe: Recipe, codec: Codec, starting: 
 
 def encode(voxels: bytes, codec: Codec) -> bytes:
     """The content of `KEY.vol`."""
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(voxels) if codec == "zstd" else voxels
+    if codec == "raw":
+        return voxels
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(voxels)
 
 
 def _record(scan: Scan, prepared: Prepared, recipe: Recipe, codec: Codec) -> dict:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ def require_tool(name: str, hint: str) -> str:
         message = f"{name} is not installed ({hint})"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     return path
+
+
+def free_port() -> str:
+    """A port for the ranks of one run to meet, so that tests can run side by side."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return str(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

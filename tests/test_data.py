@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_words
 
-from medblip.data import INTENSITY_MEAN, INTENSITY_STD, Loader, Reader, Sample, SampleStream, ShardIndex, unpack
-from medblip.schedule import Schedule
+from medblip.data import INTENSITY_MEAN, INTENSITY_STD, Loader, SampleStream, unpack
+from medblip.schedule import Schedule, positions
+from medblip.shards import Reader, Sample, ShardIndex
 from medblip.text import draw_example
 from medblip.volume import Recipe, prepare
 from sharding.manifest import read_manifest
-from train import positions
 
 NUM_BLOBS = 12
 CPU = torch.device("cpu")
@@ -195,6 +195,7 @@ def test_any_number_of_ranks_and_micro_steps_sees_the_same_global_batches(first_
             accumulation=24 // world // micro,
             warmup_steps=1,
             learning_rate=1,
+            lora_learning_rate=1,
             weight_decay=0,
         )
         ranks = [list(positions(first_step, schedule, rank, world)) for rank in range(world)]
@@ -441,7 +442,7 @@ def test_a_sample_of_the_index_is_what_the_shard_says(shards):
     by_key = {s["key"]: s for shard in content["shards"] for s in shard["samples"]}
     for found in ShardIndex(shards).samples("train"):
         assert dict(found._asdict(), shard=None) == {
-            **{name: by_key[found.key][name] for name in ("key", "cohort", "subject", "diagnosis")},
+            **{name: by_key[found.key][name] for name in ("key", "cohort", "subject", "diagnosis", "fingerprint")},
             **{name: tuple(by_key[found.key][name]) for name in ("volume", "record", "shape", "pad_before")},
             "shard": None,
         }

@@ -16,9 +16,9 @@ import torch
 from conftest import ROOT
 
 from medblip import cli
-from medblip.data import Sample, ShardIndex
 from medblip.evaluate import ARMS, EvaluateOptions, check_tier, evaluate_cohort, shuffle_over_subjects
 from medblip.inference import Assistant
+from medblip.shards import Sample, ShardIndex
 from medblip.text import DIAGNOSIS_ANSWERS
 
 SECRET = "keeps eleven quokkas"

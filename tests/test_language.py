@@ -118,8 +118,8 @@ def test_encoder_reads_prompt_queries_and_decoder_the_answer(lora):
     encoder, decoder = record_inputs(base(language).encoder), record_inputs(base(language).decoder)
     logp = language(queries, WITH_QUERIES, PROMPT_IDS, IS_PROMPT, ANSWER_IDS, IS_ANSWER)
     word, image = language.lm.get_input_embeddings(), language.projection(queries)
-    assert encoder["attention_mask"].tolist() == [[0, 0, *[1] * 5], [1] * 7]
-    assert torch.equal(encoder["inputs_embeds"][0, 2:], torch.cat([word(PROMPT_IDS[0, 2:]), image[0]]))
+    assert encoder["attention_mask"].tolist() == [[*[1] * 5, 0, 0], [1] * 7]
+    assert torch.equal(encoder["inputs_embeds"][0, :5], torch.cat([word(PROMPT_IDS[0, 2:]), image[0]]))
     assert torch.equal(encoder["inputs_embeds"][1], torch.cat([word(PROMPT_IDS[1]), image[1]]))
     start = language.lm.config.decoder_start_token_id
     assert decoder["input_ids"].tolist() == [[start, 31, 2, 1], [start, 41, 42, 43]]

@@ -17,6 +17,7 @@ LAYERS = [
     ["distributed", "schedule", "volume", "text"],
     ["towers"],
     ["words"],
+    ["shards"],
     ["data", "vision", "qformer", "language", "losses"],
     ["model"],
     ["optim", "checkpoint"],

@@ -7,11 +7,16 @@ from safetensors.torch import load_file, save_file
 from tiny import GRID, PRESETS, make_batch, model_config, tiny_model, tiny_words
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
+from medblip.config import TrainConfig
 from medblip.model import MedBLIP, resolve_attention, trainable
 from medblip.optim import build_optimizer
+from medblip.schedule import plan_schedule
 from medblip.towers import make_tiny
 
 CPU = torch.device("cpu")
+
+
+SCHEDULE, _ = plan_schedule(TrainConfig(data="", run="", deepspeed_config="", steps=20), 16, 1)
 
 
 def build(preset: str = "tiny", **changes) -> MedBLIP:
@@ -22,7 +27,7 @@ def build(preset: str = "tiny", **changes) -> MedBLIP:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_trainable_parameter_learns_within_two_steps(preset):
     model, batch = tiny_model(preset), make_batch(tiny_words(preset))
-    optimizer = build_optimizer(model, 0.05, CPU)
+    optimizer = build_optimizer(model, SCHEDULE, CPU)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     learned = set()
@@ -39,12 +44,20 @@ def test_every_trainable_parameter_learns_within_two_steps(preset):
     assert parts == {"vision", "qformer", "contrast", "language"} and any("lora_A" in name for name in learned)
 
 
+def test_lora_learns_at_its_own_rate_without_decay():
+    model = tiny_model("tiny")
+    groups = {group["peak_lr"]: group for group in build_optimizer(model, SCHEDULE, CPU).param_groups}
+    lora = {id(parameter) for name, parameter in trainable(model).items() if "lora_" in name}
+    assert lora == {id(parameter) for parameter in groups[SCHEDULE.lora_learning_rate]["params"]}
+    assert groups[SCHEDULE.lora_learning_rate]["weight_decay"] == 0
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_frozen_weights_keep_their_bits_through_twenty_steps(preset):
     model, batch = tiny_model(preset), make_batch(tiny_words(preset))
     before = copy.deepcopy(model.state_dict())
     fingerprints = model.frozen_fingerprints()
-    optimizer = build_optimizer(model, 0.05, CPU)
+    optimizer = build_optimizer(model, SCHEDULE, CPU)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     losses = []

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 REAL = Path(os.environ.get("MEDBLIP_REAL_DATA", ROOT.parent / "shared" / "real"))
 BIN = Path(sys.executable).parent
@@ -42,7 +42,8 @@ def shards(tmp_path_factory):
 @pytest.mark.parametrize("engine", ["zero2", "zero1", "zero3", "zero3_offload", "zero2_fp32"])
 def test_real_scans_train_with_every_ds_config_and_answer(shards, tmp_path, engine):
     folder = tmp_path / "run"
-    run(BIN / "deepspeed", "--num_gpus", 2, "train.py", "--deepspeed_config", f"ds_configs/{engine}.json",
+    run(BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "train.py",
+        "--deepspeed_config", f"ds_configs/{engine}.json",
         "--preset", "tiny", "--data", shards, "--run", folder, "--steps", 20)  # fmt: skip
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 20 and sum(losses[-5:]) < sum(losses[:5]), "the loss did not fall"

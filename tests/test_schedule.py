@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -22,6 +23,7 @@ SCHEDULE = Schedule(
     accumulation=2,
     warmup_steps=1,
     learning_rate=1e-3,
+    lora_learning_rate=5e-3,
     weight_decay=0.1,
 )
 
@@ -30,15 +32,15 @@ def test_on_enough_data_the_presets_batches_are_used():
     schedule, notes = plan_schedule(config(), 1000, 1)
     assert (schedule.global_batch, schedule.micro_batch, schedule.accumulation) == (16, 8, 2)
     assert schedule.contrastive_batch == 8
-    assert schedule.steps == PRESETS["tiny"].epochs * 1000 // 16 == 1500 and schedule.warmup_steps == 150
-    assert notes == ["1500 steps: 24 epochs of 1000 samples in batches of 16"]
+    assert schedule.steps == PRESETS["tiny"].epochs * 1000 // 16 == 2000 and schedule.warmup_steps == 200
+    assert notes == ["2000 steps: 32 epochs of 1000 samples in batches of 16"]
 
 
 def test_the_same_global_batch_at_other_world_sizes():
     for world, micro, accumulation in ((2, 8, 1), (4, 4, 1), (16, 1, 1)):
         schedule, _ = plan_schedule(config(), 1000, world)
         assert (schedule.global_batch, schedule.micro_batch, schedule.accumulation) == (16, micro, accumulation)
-        assert schedule.contrastive_batch == 16 and schedule.steps == 1500
+        assert schedule.contrastive_batch == 16 and schedule.steps == 2000
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_every_plan_adds_up(num_samples, world, micro_batch, groups):
     assert schedule.contrastive_batch == schedule.micro_batch * world
     assert micro_batch in (None, schedule.micro_batch) and global_batch in (None, schedule.global_batch)
     epochs = schedule.steps * schedule.global_batch / num_samples
-    assert 24 <= epochs < 24 + schedule.global_batch / num_samples
+    assert PRESETS["tiny"].epochs <= epochs < PRESETS["tiny"].epochs + schedule.global_batch / num_samples
     assert 1 <= schedule.warmup_steps <= schedule.steps
 
 
@@ -90,7 +92,7 @@ def test_learning_rate_equals_the_published_numbers(step, factor):
 @pytest.mark.parametrize("steps", [1, 2, 10, 100])
 def test_every_step_learns_and_the_peak_is_the_given_rate(steps):
     schedule, _ = plan_schedule(config(steps=steps, learning_rate=0.01), 100, 1)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), schedule, torch.device("cpu"))
     rates = [set_learning_rate(optimizer, schedule, step) for step in range(steps)]
     assert min(rates) > 0 and max(rates) == pytest.approx(0.01) == rates[schedule.warmup_steps - 1]
     assert optimizer.param_groups[0]["lr"] == rates[-1]
@@ -100,7 +102,8 @@ def test_every_step_learns_and_the_peak_is_the_given_rate(steps):
 def test_only_trainable_matrices_are_decayed():
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
     model[2].requires_grad_(False)
-    decayed, plain = build_optimizer(model, 0.3, torch.device("cpu")).param_groups
+    schedule = dataclasses.replace(SCHEDULE, weight_decay=0.3)
+    decayed, plain = build_optimizer(model, schedule, torch.device("cpu")).param_groups
     assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0
     assert decayed["params"] == [model[0].weight]
     assert {id(p) for p in plain["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 CHANGES_WITH_TIME = {"samples_per_s", "data_wait_fraction"}
 
@@ -130,7 +130,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(made_up_shards, tmp_path, rec
 
 
 def test_no_text_of_a_record_is_written_or_shown(made_up_shards, tmp_path):
-    from medblip.data import Reader, ShardIndex
+    from medblip.shards import Reader, ShardIndex
     from medblip.text import render_record
 
     run = tmp_path / "private"
@@ -176,8 +176,8 @@ def test_wrong_usage_is_exit_code_2_with_the_nearest_name(made_up_shards, tmp_pa
 def test_deepspeed_and_torchrun_start_the_same_training(made_up_shards, tmp_path):
     bin_folder = Path(sys.executable).parent
     launchers = {
-        "deepspeed": (bin_folder / "deepspeed", "--num_gpus", "2"),
-        "torchrun": (bin_folder / "torchrun", "--nproc-per-node", "2", "--master-port", "29533"),
+        "deepspeed": (bin_folder / "deepspeed", "--num_gpus", "2", "--master_port", free_port()),
+        "torchrun": (bin_folder / "torchrun", "--nproc-per-node", "2", "--master-port", free_port()),
     }
     for name, launcher in launchers.items():
         run_training(made_up_shards, tmp_path / name, "--steps", 4, launcher=[*map(str, launcher)])
