@@ -38,6 +38,7 @@ setup(
         "flash": ["flash-attn>=2.8,<3"],
         "wandb": WANDB,
         "dev": [
+            "SimpleITK>=2.4",
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-timeout>=2.3",
