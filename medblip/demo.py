@@ -71,7 +71,7 @@ def demo(options: DemoOptions) -> int:
         (
             f"3/5  training on {ranks} ranks",
             [deepspeed, "--num_gpus", ranks, "train.py", "--deepspeed_config", f"ds_configs/{engine}"]
-            + ["--preset", "tiny", "--data", out / "shards", "--run", out / "run", "--ehr", "cognition"]
+            + ["--preset", "tiny", "--data", out / "shards", "--run", out / "run"]
             + ["--seed", options.seed]
             + (["--steps", options.steps] if options.steps else []),
         ),

@@ -47,8 +47,8 @@ ARMS = {
 
 ArmName = Literal["image", "text", "both", "shuffled_image", "both_shuffled"]
 
-SHUFFLED_PAIRS, MAX_SHUFFLES = 1000, 10
-"""Pairs of scan and record in a shuffled arm, and its rounds: one round's score depends on who got whose scan."""
+SHUFFLED_PAIRS = 1000
+"""Pairs of a scan and another subject in a shuffled arm, in as many rounds: one round's score is a matter of luck."""
 
 OTHER_ANSWER = "other"
 """Stands in predictions.csv for a written answer that is none of the options: it could repeat the record."""
@@ -237,7 +237,7 @@ def evaluate_cohort(
     if len(classes) == 1:
         notes.append(f"only {classes[0]} occurs, so there is nothing to tell apart and no score")
     own_N = list(range(len(samples)))
-    num_rounds = min(MAX_SHUFFLES, max(1, SHUFFLED_PAIRS // len(samples)))
+    num_rounds = max(1, SHUFFLED_PAIRS // len(samples))
     others = shuffle_over_subjects([sample.subject for sample in samples], num_rounds, options.seed)
     known: dict[tuple[str, int | None], list[float]] = {}  # most shuffled pairs were asked about before
     for name in options.arms:
