@@ -74,10 +74,9 @@ def catch_signals() -> list[str]:
 
 def keep_schedule(run: Path, config: TrainConfig, world_size: int) -> TrainConfig:
     """For a run that goes on: its steps, its global batch and, where the ranks allow it, its contrastive batch."""
-    path = run / "config.json"
-    if not path.exists():
+    if not (run / "latest").exists():
         return config
-    before = json.loads(path.read_text())["schedule"]
+    before = json.loads((run / "config.json").read_text())["schedule"]
     kept = {name: before[name] for name in ("steps", "global_batch") if getattr(config, name) is None}
     contrastive_batch = before["global_batch"] // before["accumulation"]
     if config.micro_batch is None and contrastive_batch % world_size == 0:

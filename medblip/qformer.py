@@ -52,7 +52,13 @@ class MedQFormer(nn.Module):
         return self.transformer(query_embeds=queries_BQC, encoder_hidden_states=patches_BPC).last_hidden_state
 
     def read_text(self, token_ids_BT: Tensor, is_token_BT: Tensor) -> Tensor:
-        """The first token's output for each text, `B T` to `B C`. True in the mask means a token, not padding."""
+        """The first token's output for each text, `B T` to `B C`. True in the mask means a token, not padding.
+
+        A text without tokens gives a finite output that means nothing.
+        """
         embeddings_BTC = self.text_embedding(token_ids_BT)
-        output = self.transformer(query_embeds=embeddings_BTC, query_length=0, attention_mask=is_token_BT)
+        is_first_BT = torch.zeros_like(is_token_BT)
+        is_first_BT[:, 0] = True  # attention over nothing at all would be NaN
+        attended_BT = is_token_BT | is_first_BT
+        output = self.transformer(query_embeds=embeddings_BTC, query_length=0, attention_mask=attended_BT)
         return output.last_hidden_state[:, 0]
