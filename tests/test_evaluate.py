@@ -6,7 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import nibabel as nib
@@ -110,7 +110,8 @@ def test_report_holds_every_cohort_by_itself_and_no_word_of_a_record(folder, med
         assert 0 <= arm["balanced_accuracy"] <= 1 and 0 <= arm["macro_auc"] <= 1
         low, high = arm["ci95"]["balanced_accuracy"]
         assert 0 <= low <= high <= 1 and len(arm["ci95"]["macro_auc"]) == 2
-        assert np.sum(arm["confusion"]) == 9 and arm["recall"].keys() == {"CN", "MCI", "AD"}
+        rounds = 4 if arm in (three["shuffled_image"], three["both_shuffled"]) else 1  # as there are four others
+        assert np.sum(arm["confusion"]) == 9 * rounds and arm["recall"].keys() == {"CN", "MCI", "AD"}
     assert two["image"]["classes"] == ["CN", "AD"] and np.shape(two["image"]["confusion"]) == (2, 2)
     assert list(one) == ["image", "text", "both"]  # a single subject has nobody to swap scans with
     assert one["image"]["balanced_accuracy"] is None and one["image"]["n_scans"] == 2
@@ -132,7 +133,8 @@ def test_predictions_name_scans_by_key_and_offer_only_what_can_be_chosen(folder,
     assert code == 0
     samples = {sample.key: sample for sample in ShardIndex(folder / "shards").samples("test")}
     rows = read_predictions(tmp_path)
-    assert len(rows) == 9 * 4 + 4 * 4 + 2 * 3
+    # Three arms with a row for each scan, and the shuffled one with a row for each scan and other subject.
+    assert len(rows) == 9 * (3 + 4) + 4 * (3 + 3) + 2 * 3
     for row in rows:
         sample = samples[row["scan_id"]]
         assert (row["subject_id"], row["cohort"], row["diagnosis"]) == (sample.subject, sample.cohort, sample.diagnosis)
@@ -206,12 +208,14 @@ def test_shuffled_images_are_never_the_subject_s_own(seed):
 def test_each_arm_reads_what_its_name_says():
     samples = [Sample(f"k{i}", 0, (0, 0), (0, 0), (1, 1, 1), (0, 0, 0), "C", f"s{i // 2}", d) for i, d in
                enumerate(["CN", "CN", "MCI", "MCI", "AD", "AD"])]  # fmt: skip
-    seen = []
 
     class Listener:
+        """Answers with what it was given: p_CN tells the image (0: none), p_MCI the record (0: none)."""
+
         def diagnose(self, queries_BQC, records, classes, use_queries):
-            seen.extend(zip(queries_BQC[:, 0, 0].int().tolist(), records, [use_queries] * len(records), strict=True))
-            return torch.full((len(records), len(classes)), 1 / len(classes))
+            image_B = (queries_BQC[:, 0, 0] + 1) * use_queries / 20
+            record_B = torch.tensor([int(text.removeprefix("record ") or -1) + 1 for text in records]) / 20
+            return torch.stack([image_B, record_B, 1 - image_B - record_B], dim=1)
 
         def answer(self, queries_BQC, prompts):
             return ["dementia, surely"] * len(prompts)
@@ -219,16 +223,18 @@ def test_each_arm_reads_what_its_name_says():
     options = EvaluateOptions(model="", data="", arms=EVERYTHING, batch=4)
     records = [f"record {i}" for i in range(6)]
     predictions, notes = evaluate_cohort(Listener(), samples, torch.arange(6.0).view(6, 1, 1), records, options)
-    assert not notes and len(predictions) == len(seen) == 30
-    for (image, record, use_queries), found in zip(seen, predictions, strict=True):
+    assert not notes
+    rounds = {name: 2 if "shuffled" in name else 1 for name in EVERYTHING}
+    assert Counter(found.arm for found in predictions) == {name: 6 * number for name, number in rounds.items()}
+    for found in predictions:
+        image, record = (round(found.probabilities[name] * 20) - 1 for name in ("CN", "MCI"))
         row = samples.index(found.sample)
-        assert record == (records[row] if ARMS[found.arm].record else "")
-        assert use_queries == (found.arm != "text")
+        assert record == (row if ARMS[found.arm].record else -1)
         if "shuffled" in found.arm:
             assert samples[image].subject != found.sample.subject
         else:
-            assert image == row
-        assert found.answer == ("other" if found.arm == "both" else "Not demented")
+            assert image == (-1 if found.arm == "text" else row)
+        assert found.answer == ("other" if found.arm == "both" else "Dementia")
 
 
 def test_ask_prints_only_json_and_its_probabilities_sum_to_1(folder, medblip):
