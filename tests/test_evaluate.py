@@ -144,13 +144,14 @@ def test_predictions_name_scans_by_key_and_offer_only_what_can_be_chosen(folder,
         if row["arm"] != "both":
             assert row["answer"] == DIAGNOSIS_ANSWERS[max(p, key=p.get)]
     # An image counts in its arm, the record in its own, and a batch changes nothing.
-    by_arm = defaultdict(dict)
+    by_arm = defaultdict(list)
     for row in rows:
-        by_arm[row["arm"]][row["scan_id"]] = float(row["p_AD"])
-    assert len({tuple(sorted(p.items())) for p in by_arm.values()}) == 4
+        by_arm[row["arm"]].append((row["scan_id"], float(row["p_AD"])))
+    assert len({tuple(sorted(p)) for p in by_arm.values()}) == 4
     medblip("evaluate", "--model", folder / "run", "--data", folder / "shards", "--out", tmp_path, "--batch", 1)
-    for row in read_predictions(tmp_path):
-        assert float(row["p_AD"]) == pytest.approx(by_arm[row["arm"]][row["scan_id"]], abs=1e-4)
+    for before, after in zip(rows, read_predictions(tmp_path), strict=True):
+        assert (before["arm"], before["scan_id"]) == (after["arm"], after["scan_id"])
+        assert float(before["p_AD"]) == pytest.approx(float(after["p_AD"]), abs=1e-4)
 
 
 def test_shards_that_are_not_there_are_a_message_and_exit_1(medblip, tmp_path):
