@@ -101,7 +101,7 @@ class TrainConfig:
 
     Examples:
       deepspeed train.py --deepspeed_config ds_configs/zero2.json --preset tiny --data shards/ --run runs/x
-      torchrun --nproc-per-node 8 train.py --deepspeed_config ds_configs/zero2.json --data shards/ --run runs/x
+      torchrun --nproc-per-node 8 -- train.py --deepspeed_config ds_configs/zero2.json --data shards/ --run runs/x
       python train.py --deepspeed_config ds_configs/zero2.json --data shards/ --run runs/x --dry-run 4
     """
 

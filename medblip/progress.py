@@ -137,7 +137,7 @@ class Progress:
             self._bar.close()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _cut_back(path: Path, first_step: int) -> None:

@@ -177,7 +177,7 @@ def test_deepspeed_and_torchrun_start_the_same_training(made_up_shards, tmp_path
     bin_folder = Path(sys.executable).parent
     launchers = {
         "deepspeed": (bin_folder / "deepspeed", "--num_gpus", "2", "--master_port", free_port()),
-        "torchrun": (bin_folder / "torchrun", "--nproc-per-node", "2", "--master-port", free_port()),
+        "torchrun": (bin_folder / "torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "--"),
     }
     for name, launcher in launchers.items():
         run_training(made_up_shards, tmp_path / name, "--steps", 4, launcher=[*map(str, launcher)])
