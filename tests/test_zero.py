@@ -25,9 +25,9 @@ from medblip.words import build_words
 
 STEPS, GLOBAL_BATCH = 20, 4
 LEARNING_RATE = 5e-5  # at the preset's, Adam blows rounding up to visible differences within a few steps
-# Largest difference of a loss from the plain float32 loop, over 20 steps: float32 sums in another order; bf16 rounds
-# every product. Measured: float32 2e-5, bf16 0.06 (the four stages agree with each other to 0.02).
-TOLERANCE_FP32, TOLERANCE_BF16 = 1e-3, 0.15
+# Largest difference of a loss from the plain loop in the same precision, over 20 steps. Measured: float32 5e-6 (sums in
+# another order), bf16 0.03 to 0.08 (every product is rounded, and Adam makes more of it from step to step).
+TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 0.15
 BF16 = ["zero1", "zero2", "zero3", "zero3_offload"]
 
 
