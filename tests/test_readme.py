@@ -16,7 +16,7 @@ COMMANDS = [
 # Options of the launchers and of git, pip and sbatch, which the pages show beside ours.
 OTHERS = {
     "num_gpus", "nproc-per-node", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signals-to-handle",
-    "no-build-isolation", "kill-on-bad-exit", "wait", "help", "version",
+    "run-path", "no-build-isolation", "kill-on-bad-exit", "wait", "help", "version",
 }  # fmt: skip
 
 
