@@ -27,7 +27,8 @@ STEPS, GLOBAL_BATCH = 20, 4
 LEARNING_RATE = 5e-5  # at the preset's, Adam blows rounding up to visible differences within a few steps
 # Largest difference of a loss from the plain loop in the same precision, over 20 steps. Measured: float32 5e-6 (sums in
 # another order), bf16 0.03 to 0.08 (every product is rounded, and Adam makes more of it from step to step).
-TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 0.15
+# Half of the steps must stay within a third of the tolerance.
+TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 0.3
 BF16 = ["zero1", "zero2", "zero3", "zero3_offload"]
 
 
@@ -108,7 +109,8 @@ def check(run, fingerprints, plain, tolerance):
         assert moment.isfinite().all(), f"{name}: a gradient was not finite"
         assert moment.abs().sum() > 0, f"{name}: never had a gradient"
     found = losses_of(run)
-    assert max(abs(a - b) for a, b in zip(found, plain, strict=True)) < tolerance
+    differences = [abs(a - b) for a, b in zip(found, plain, strict=True)]
+    assert max(differences) < tolerance and max(differences[: STEPS // 2]) < tolerance / 3
     assert sum(found[-5:]) < sum(found[:5]), "the loss did not fall"
 
 
