@@ -55,7 +55,6 @@ def demo(options: DemoOptions) -> int:
     deepspeed = str(Path(python).with_name("deepspeed"))
     shown = {python: "python", deepspeed: "deepspeed"}
     ranks, engine = _hardware()
-    scan = out / "patients" / "images"
     stages = [
         (
             f"1/5  {options.subjects} made-up patients",
@@ -71,8 +70,7 @@ def demo(options: DemoOptions) -> int:
         (
             f"3/5  training on {ranks} ranks",
             [deepspeed, "--num_gpus", ranks, "train.py", "--deepspeed_config", f"ds_configs/{engine}"]
-            + ["--preset", "tiny", "--data", out / "shards", "--run", out / "run"]
-            + ["--seed", options.seed]
+            + ["--preset", "tiny", "--data", out / "shards", "--run", out / "run", "--seed", options.seed]
             + (["--steps", options.steps] if options.steps else []),
         ),
         (
@@ -90,7 +88,7 @@ def demo(options: DemoOptions) -> int:
     console.print(Rule("[bold]5/5  one question about one scan", align="left"))
     question = "What will this subject be diagnosed with?"
     patient, diagnosis = _held_out_patient(out)
-    command = [python, "-m", "medblip.cli", "ask", scan.parent / patient, question, "--model", out / "run"]
+    command = [python, "-m", "medblip.cli", "ask", out / "patients" / patient, question, "--model", out / "run"]
     if code := _run(console, command, shown, repository):
         return code
     console.print(f"(this made-up patient was {diagnosis})")
