@@ -353,19 +353,26 @@ def sample(field: np.ndarray, points_mm: np.ndarray, origin_mm: np.ndarray, spac
     )[0].numpy()
 
 
-def record(patient: Patient, options: Options, subject: int, session: int, scan: Scan) -> dict:
-    """The manifest's row of one scan; empty where the visit did not measure something."""
-    rng = generator(options.seed, options.cohort, "visit", subject, session)
+def draw_scores(patient: Patient, rng: np.random.Generator) -> dict[str, float]:
+    """The test scores of one visit."""
     severity = patient.severity
-    subject_id, session_id = f"sub-{subject + 1:04d}", f"ses-{session + 1:02d}"
     dementia_stage = 0.5 if severity < 0.8 else 1 if severity < 1.3 else 2
-    measured = {
-        "education_years": patient.education_years,
-        "apoe_e4": patient.apoe_e4,
+    return {
         "mmse": int(np.clip(np.round(30.2 - 9 * severity + rng.normal(0, 1.3)), 0, 30)),
         "moca": int(np.clip(np.round(27.5 - 11 * severity + rng.normal(0, 1.8)), 0, 30)),
         "cdr_global": {"CN": 0, "MCI": 0.5, "AD": dementia_stage}[patient.diagnosis],
         "cdr_sb": round(2 * max(7 * severity**1.5 - 0.7 + rng.normal(0, 0.5), 0)) / 2,
+    }
+
+
+def record(patient: Patient, options: Options, subject: int, session: int, scan: Scan) -> dict:
+    """The manifest's row of one scan; empty where the visit did not measure something."""
+    rng = generator(options.seed, options.cohort, "visit", subject, session)
+    subject_id, session_id = f"sub-{subject + 1:04d}", f"ses-{session + 1:02d}"
+    measured = {
+        "education_years": patient.education_years,
+        "apoe_e4": patient.apoe_e4,
+        **draw_scores(patient, rng),
     }
     kept = {name: value for name, value in measured.items() if rng.random() >= MISSING_FRACTION}
     return {

@@ -1,7 +1,15 @@
-"""manifest.csv, one row per scan: what every other step starts from.
+"""manifest.csv, one row per scan: what every other step starts from. As a command: a release becomes a manifest.
 
-Only the column `image` is needed. The rest has defaults, so that a list made by hand in a spreadsheet is as good as one
-made from a release. Reading goes in this order:
+A release is read by sharding/cohorts/NAME.py (names, tables and headers; never voxels). Every scan that is found is in
+the manifest or, with a reason, in manifest.dropped.csv.
+
+Examples:
+    python -m sharding.manifest adni --images ADNI/ --tables tables/ --out adni.csv
+    python -m sharding.manifest oasis1 --images oasis1/ --tables oasis1/ --out oasis1.csv --cdr05 drop
+    python -m sharding.manifest nacc --help
+
+Reading a manifest: only the column `image` is needed. The rest has defaults, so that a list made by hand in a
+spreadsheet is as good as one made from a release. It goes in this order:
 
 1. every cell is checked, and every fault collected with its row (the header is row 1), before anything is refused;
 2. missing ids are filled in from the image's path;
@@ -11,9 +19,12 @@ made from a release. Reading goes in this order:
 import csv
 import difflib
 import hashlib
+import importlib
 import logging
 import math
 import os
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +43,11 @@ NUMBER_FIELDS = (
 )
 ALLOWED = {"diagnosis": ("CN", "MCI", "AD"), "sex": ("F", "M"), "split": ("train", "val", "test")}
 COLUMNS = (*TEXT_COLUMNS, *NUMBER_FIELDS, "diagnosis_gap_days", *ALLOWED)
+COLUMNS_IN_ORDER = (
+    "scan_id cohort subject_id session_id image diagnosis diagnosis_source diagnosis_gap_days age_years sex "
+    "education_years apoe_e4 mmse moca cdr_global cdr_sb field_strength_t acquired split report"
+).split()
+assert set(COLUMNS_IN_ORDER) == set(COLUMNS)
 COHORTS = ("ADNI", "NACC", "OASIS1", "OASIS2", "OASIS3", "AIBL", "MIRIAD")
 MIN_SUBJECTS_TO_SPLIT = 20
 MAX_SHOWN = 20
@@ -59,6 +75,8 @@ class Scan:
     report: str
     extra: dict[str, str] = field(default_factory=dict)
     """Columns that this module does not know, as they are."""
+    expected_sha256: str = ""
+    """What a split file says of the image; empty if there is none."""
 
     @property
     def key(self) -> str:
@@ -86,22 +104,31 @@ def read_manifest(path: str | Path, *, test_cohorts: tuple[str, ...] = ("AIBL", 
     Raises:
         ValueError: naming the file and each row, column and value that is wrong, and what would be right.
     """
+    scans, faults = read_scans(path, test_cohorts=test_cohorts)
+    if faults:
+        more = [f"... and {len(faults) - MAX_SHOWN} more"] if len(faults) > MAX_SHOWN else []
+        raise ValueError(f"{path}: {len(faults)} faults\n  " + "\n  ".join(faults[:MAX_SHOWN] + more))
+    return scans
+
+
+def read_scans(path: str | Path, *, test_cohorts: tuple[str, ...] = ("AIBL", "MIRIAD")) -> tuple[list[Scan], list[str]]:
+    """As `read_manifest`, but returns the faults beside the scans; what a faulty cell says is then unknown.
+
+    Raises:
+        ValueError: the file is no table, or has no column `image`.
+    """
     path = Path(path)
     try:
-        header, rows = _read_csv(path)
+        header, rows = read_cells(path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: cannot be read as a CSV file in UTF-8 ({error})") from error
     _check_header(path, header)
-    faults: list[str] = []
-    if not rows:
-        faults.append("no rows below the header")
+    faults: list[str] = [] if rows else ["no rows below the header"]
     cells = [(number, _check_row(number, header, values, faults)) for number, values in rows]
-    _raise(path, faults)
-
     named = [(number, _with_ids(row, path.parent)) for number, row in cells]
-    _check_scan_ids(named, faults)
+    if not faults:  # ids that are wrong because a cell is wrong would only confuse
+        _check_scan_ids(named, faults)
     splits = _decide_splits(named, test_cohorts, faults)
-    _raise(path, faults)
 
     without_subject = sum(not row["subject_id"] for _, row in cells)
     if without_subject:
@@ -111,14 +138,18 @@ def read_manifest(path: str | Path, *, test_cohorts: tuple[str, ...] = ("AIBL", 
             path,
             without_subject,
         )
-    return [_scan(number, row, splits[row["cohort"], row["subject_id"]], path.parent) for number, row in named]
+    scans = [
+        _scan(number, row, row["split"] or splits[row["cohort"], row["subject_id"]], path.parent)
+        for number, row in named
+    ]
+    return scans, faults
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header and the numbered rows that are not blank."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = [(number, row) for number, row in enumerate(csv.reader(file, strict=True), start=1)]
@@ -156,6 +187,7 @@ def _check_row(number: int, header: list[str], values: list[str], faults: list[s
     for name, allowed in ALLOWED.items():
         if row[name] and row[name] not in allowed:
             faults.append(f"row {number}: {name} {row[name]!r} is none of {', '.join(allowed)} (or empty if unknown)")
+            row[name] = ""
     for name in (*NUMBER_FIELDS, "diagnosis_gap_days"):
         text = row[name]
         row[name] = _number(text)
@@ -243,7 +275,58 @@ def _scan(number: int, row: dict, split: str, folder: Path) -> Scan:
     )
 
 
-def _raise(path: Path, faults: list[str]) -> None:
-    if faults:
-        more = [f"... and {len(faults) - MAX_SHOWN} more"] if len(faults) > MAX_SHOWN else []
-        raise ValueError(f"{path}: {len(faults)} faults\n  " + "\n  ".join(faults[:MAX_SHOWN] + more))
+def splits_of(subjects: Iterable[tuple[str, str]], test_cohorts: tuple[str, ...]) -> dict[tuple[str, str], str]:
+    """The split of every (cohort, subject_id) that has none yet, as `read_manifest` would decide it."""
+    rows = [(0, {"cohort": cohort, "subject_id": subject, "split": ""}) for cohort, subject in sorted(set(subjects))]
+    return _decide_splits(rows, test_cohorts, faults=[])
+
+
+RELEASES = ("adni", "nacc", "oasis1", "oasis2", "oasis3", "aibl", "miriad", "bids")  # modules of sharding/cohorts
+
+
+def main() -> None:
+    """Turns the release that is named on the command line into a manifest."""
+    from importlib.util import find_spec
+    from typing import Annotated, Union
+
+    import tyro
+
+    from sharding.release import one_row_per_subject, summary, write_release
+
+    modules = {
+        name: importlib.import_module(f"sharding.cohorts.{name}")
+        for name in RELEASES
+        if find_spec(f"sharding.cohorts.{name}")
+    }
+    choices = tuple(
+        Annotated[module.Options, tyro.conf.subcommand(name, description=module.__doc__)]
+        for name, module in modules.items()
+    )
+    options = tyro.cli(Union[choices], description=__doc__)  # noqa: UP007 - made from RELEASES
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    module = sys.modules[type(options).__module__]
+    try:
+        for folder in (options.images, options.tables_folder):
+            if not folder.is_dir():
+                raise ValueError(f"{folder}: no such folder")
+        release = module.read(options)
+        if not release.rows and not release.dropped:
+            raise ValueError(
+                f"{options.images}: no scan of this release was found below it; docs/data.md shows the layout"
+            )
+        if options.one_scan_per == "subject":
+            one_row_per_subject(release)
+        test_cohorts = tuple(name.strip() for name in options.test_cohorts.split(",") if name.strip())
+        splits = splits_of(((row["cohort"], row["subject_id"]) for row in release.rows), test_cohorts)
+        for row in release.rows:
+            row["split"] = splits[row["cohort"], row["subject_id"]]
+        dropped = write_release(release, options.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    log.info("%s", summary(release))
+    log.info("ok %d scans -> %s, set aside %d -> %s", len(release.rows), options.out, len(release.dropped), dropped)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
