@@ -106,7 +106,7 @@ class TrainConfig:
     """
 
     data: str
-    """Folder of shards with its index.json, written by `python -m sharding.build`."""
+    """Folder of shards with its index.json, written by `python -m sharding.build`; or its URL (https, s3, ...)."""
     run: str
     """Folder of this run. If it holds a checkpoint, training goes on from it."""
     deepspeed_config: str
@@ -144,7 +144,7 @@ class TrainConfig:
     query_dropout: float = 0.1
     """Probability that the image's queries are left out of the prompt."""
     other_questions: float = 0.2
-    """Share of the samples with a diagnosis that are asked about age or sex instead."""
+    """Share of the samples with a diagnosis that are asked something else instead: age, sex, MMSE range, ..."""
     seed: int = 0
     """Decides the initial weights, the order of the samples and all that is drawn about them."""
     checkpoint_every: int = 500
@@ -187,6 +187,11 @@ class TrainConfig:
         if self.dropout is not None:
             model = dataclasses.replace(model, qformer_dropout=self.dropout, lora_dropout=self.dropout)
         return model
+
+
+def is_url(folder: str) -> bool:
+    """Whether a folder of shards is somewhere else."""
+    return "://" in folder
 
 
 def unknown(what: str, value: str, known: Iterable[str]) -> str:

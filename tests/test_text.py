@@ -1,5 +1,6 @@
 import dataclasses
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import strategies as st
 
 from medblip.text import (
     DIAGNOSIS_ANSWERS,
+    NUM_WORDINGS,
     QUESTIONS,
     TIER_FIELDS,
+    answer_to,
     draw_example,
     fields_of,
     is_diagnosis_question,
@@ -21,16 +24,17 @@ from medblip.text import (
 TIERS = list(TIER_FIELDS)
 # Every value is spelt unlike every other one, so that a value in a text tells its field.
 SPELT = {
-    "age_years": (71, "71 years"),
-    "sex": ("F", "female"),
-    "education_years": (17, "17"),
-    "apoe_e4": (2, "2"),
-    "mmse": (26, "26"),
-    "moca": (19, "19"),
-    "cdr_global": (0.5, "0.5"),
-    "cdr_sb": (4.5, "4.5"),
+    "age_years": (71, {"71"}),
+    "sex": ("F", {"female"}),
+    "education_years": (17, {"17"}),
+    "apoe_e4": (2, {"two", "2"}),
+    "mmse": (26, {"26"}),
+    "moca": (19, {"19"}),
+    "cdr_global": (0.5, {"0.5"}),
+    "cdr_sb": (4.5, {"4.5"}),
 }
 KNOWN = {name: value for name, (value, _) in SPELT.items()}
+ASKED = {question.field for question in QUESTIONS.values()}
 FIELDS = st.fixed_dictionaries(
     {
         "age_years": st.none() | st.integers(18, 110),
@@ -50,19 +54,20 @@ def above(tier: str) -> set[str]:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_tier_says_all_of_its_fields_and_none_of_the_ones_above(tier):
-    words = render_record(KNOWN, "", tier).removesuffix(".").replace(". ", " ").replace("e4 ", "").split(" ")
-    for name, (_, spelt) in SPELT.items():
-        said = spelt.split(" ")[0] in words
-        assert said == (name in fields_of(tier)), name
+@pytest.mark.parametrize("wording", range(NUM_WORDINGS))
+def test_a_tier_says_all_of_its_fields_and_none_of_the_ones_above(tier, wording):
+    record = render_record(KNOWN, "", tier, wording=wording)
+    words = set(re.findall(r"[a-z]+|\d+(?:\.\d+)?", record.replace("e4", "").replace("/30", "").replace("of 30", "")))
+    for name, (_, spellings) in SPELT.items():
+        assert bool(words & spellings) == (name in fields_of(tier)), (name, record)
 
 
 @settings(max_examples=60, deadline=None)
 @given(FIELDS, FIELDS, st.sampled_from(TIERS), st.integers(0, 10**6))
 def test_what_a_higher_tier_holds_never_changes_what_is_drawn(fields, other, tier, seed):
     """Neither record nor prompt nor question can tell two samples apart that differ above the tier."""
-    # Age and sex are asked about at every tier: they are the answer then, and not a leak.
-    changed = {name: other[name] if name in above(tier) - {"age_years", "sex"} else fields[name] for name in fields}
+    # What can be asked about is asked at every tier: it is the answer then, and not a leak.
+    changed = {name: other[name] if name in above(tier) - ASKED else fields[name] for name in fields}
     chances = dict(record_dropout=0.2, field_dropout=0.3, query_dropout=0.2, other_questions=0.3)
     drawn, redrawn = (
         draw_example(known, "", "MCI", tier, random.Random(seed), **chances) for known in (fields, changed)
@@ -175,8 +180,9 @@ def test_a_question_about_a_field_takes_it_out_of_the_record(kind, field, report
             "staging",
             random.Random(seed),
         )
-        assert example.kind == kind and example.question in QUESTIONS[kind]
-        assert example.record_text == (other if report else "The education is 17 years.")
+        assert example.kind == kind and example.question in QUESTIONS[kind].wordings
+        educations = {render_record({"education_years": 17}, "", "staging", wording=n) for n in range(NUM_WORDINGS)}
+        assert example.record_text in ({other} if report else educations)
         assert example.prompt == render_prompt(example.record_text, example.question)
         assert example.answer == {"age": "71", "sex": "female"}[kind]
 
@@ -185,7 +191,8 @@ def test_a_diagnosis_is_asked_with_the_whole_record():
     example = draw_example(KNOWN, "", "AD", "staging", random.Random(0))
     assert example.kind == "diagnosis" and is_diagnosis_question(example.question)
     assert example.answer == "Dementia"
-    assert example.record_text == render_record(KNOWN, "", "staging")
+    whole = {render_record(KNOWN, "", "staging", wording=n) for n in range(NUM_WORDINGS)}
+    assert example.record_text in whole and len(whole) == NUM_WORDINGS
 
 
 def test_a_sample_of_which_nothing_is_known_has_no_answer_and_no_record():
@@ -193,7 +200,7 @@ def test_a_sample_of_which_nothing_is_known_has_no_answer_and_no_record():
     assert example.answer == "" and example.record_text == ""
 
 
-@pytest.mark.parametrize(("fields", "kind"), [({}, "extent"), ({"mmse": 26}, "extent"), ({"sex": "F"}, "sex")])
+@pytest.mark.parametrize(("fields", "kind"), [({}, "extent"), ({"moca": 26}, "extent"), ({"sex": "F"}, "sex")])
 def test_a_sample_of_which_nothing_is_known_is_asked_how_far_its_image_reaches(fields, kind):
     drawn = [draw_example(fields, "", None, "none", random.Random(n), extent_mm=(181.6, 200, 99)) for n in range(9)]
     assert {example.kind for example in drawn} == {kind}
@@ -221,10 +228,10 @@ def test_chances_are_kept():
     chances = dict(record_dropout=0.3, field_dropout=0.15, query_dropout=0.1, other_questions=0.2)
     drawn = [draw_example(KNOWN, "", "CN", "staging", random.Random(seed), **chances) for seed in range(4000)]
     share = {
-        "no record": sum(not e.prompt.startswith("The ") for e in drawn) / 4000,
+        "no record": sum(e.prompt.startswith("Question") for e in drawn) / 4000,
         "no queries": sum(not e.use_queries for e in drawn) / 4000,
         "other": sum(e.kind != "diagnosis" for e in drawn) / 4000,
-        "no education": sum("education" not in e.record_text for e in drawn) / 4000,
+        "no education": sum("ducation" not in e.record_text for e in drawn) / 4000,
     }
     assert share == pytest.approx({"no record": 0.3, "no queries": 0.1, "other": 0.2, "no education": 0.15}, abs=0.025)
     assert all(e.record_text for e in drawn)  # the record left out of the prompt is still contrasted with the image
@@ -237,12 +244,17 @@ def test_template_text_links_no_field_to_the_diagnosis():
     assert len(texts) > 4000
     for hint, prompt, answer in texts:
         assert hint == f"{answer}." and answer not in prompt
-    for sentence in ("The sex is", "The number of APOE", "The global CDR is", "The MMSE total", "The age is"):
+    for sentence in (
+        "Sex: (f?)",
+        "APOE e4 alleles(?: is|:) (.)",
+        "CDR(?: is|:) (.)",
+        "MMSE(?: score is|:) (.)",
+        "ge: (.)",
+    ):
         counts = Counter()
         for _, prompt, answer in texts:
-            if sentence in prompt:
-                value = prompt.split(sentence)[1].split(".")[0].split()[-1 if "age" not in sentence else 0]
-                counts[(value[:1], answer)] += 1
+            if found := re.search(sentence, prompt):
+                counts[(found[1], answer)] += 1
         rows, columns = Counter(), Counter()
         for (value, answer), count in counts.items():
             rows[value] += count
@@ -253,3 +265,49 @@ def test_template_text_links_no_field_to_the_diagnosis():
         chi2 = sum((counts[place] - n) ** 2 / n for place, n in expected.items())
         degrees = (len(rows) - 1) * 2
         assert chi2 < degrees + 4 * (2 * degrees) ** 0.5, (sentence, chi2, degrees)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "diagnosis", "answer"),
+    [
+        ("diagnosis", {}, "MCI", "mild cognitive impairment (MCI)"),
+        ("diagnosis", {}, None, ""),
+        ("demented", {}, "AD", "yes"),
+        ("demented", {}, "MCI", "no"),
+        ("demented", {}, None, ""),
+        ("age", {"age_years": 70.6}, None, "71"),
+        ("sex", {"sex": "M"}, None, "male"),
+        ("mmse_band", {"mmse": 27}, None, "27 to 30"),
+        ("mmse_band", {"mmse": 26}, None, "24 to 26"),
+        ("mmse_band", {"mmse": 18}, None, "18 to 23"),
+        ("mmse_band", {"mmse": 0}, None, "0 to 17"),
+        ("apoe_e4", {"apoe_e4": 0}, None, "no"),
+        ("apoe_e4", {"apoe_e4": 2}, None, "yes"),
+        ("field_strength", {"field_strength_t": 1.494}, None, "1.5 tesla"),
+        ("field_strength", {"field_strength_t": 2.89}, None, "3 tesla"),
+        ("field_strength", {"field_strength_t": 0.35}, None, ""),
+    ],
+)
+def test_answers_come_from_the_fields(kind, fields, diagnosis, answer):
+    assert answer_to(kind, fields, diagnosis) == answer
+    if QUESTIONS[kind].type == "closed" and answer:
+        assert answer in QUESTIONS[kind].options
+
+
+def test_every_kind_of_question_is_asked_and_its_answer_is_not_in_the_record():
+    known = KNOWN | {"field_strength_t": 3.0}
+    drawn = [draw_example(known, "", "AD", "staging", random.Random(n), other_questions=0.8) for n in range(600)]
+    assert {example.kind for example in drawn} == set(QUESTIONS) - {"extent"}
+    said = {"age": "71", "sex": "emale", "mmse_band": "26", "apoe_e4": "APOE", "field_strength": "3"}
+    for example in drawn:
+        if example.kind in said:
+            assert said[example.kind] not in example.record_text.replace("30", ""), example
+        if example.kind == "mmse_band":
+            assert "moca" in example.record_text.lower() or "Montreal" in example.record_text
+
+
+def test_evaluation_reads_one_wording():
+    assert render_record(KNOWN, "", "staging") == render_record(KNOWN, "", "staging", wording=0)
+    assert render_record({"age_years": 71, "apoe_e4": 1}, "", "genetics") == (
+        "The subject is 71 years old. The subject carries one APOE e4 allele."
+    )
