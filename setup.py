@@ -3,6 +3,8 @@
 from setuptools import find_packages, setup
 
 DEMO = ["nilearn>=0.11"]
+DICOM = ["dcm2niix>=1.0.20220715"]
+REMOTE = ["fsspec[http]>=2024.6", "s3fs>=2024.6"]
 WANDB = ["wandb>=0.19"]
 
 setup(
@@ -16,11 +18,15 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "deflate>=0.7",
         "einops>=0.8",
+        "fsspec>=2024.6",
         "huggingface_hub>=1.0",
         "matplotlib>=3.8",
         "nibabel>=5.2",
         "numpy>=1.26",
+        "openpyxl>=3.1",
         "peft>=0.21,<1",
+        "pillow>=10.1",
+        "pydicom>=3,<4",
         "rich>=13",
         "safetensors>=0.5",
         "scikit-learn>=1.4",
@@ -35,16 +41,21 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "dicom": DICOM,
         "flash": ["flash-attn>=2.8,<3"],
+        "remote": REMOTE,
         "wandb": WANDB,
         "dev": [
             "SimpleITK>=2.4",
             "hypothesis>=6.100",
+            "moto[server]>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
             *DEMO,
+            *DICOM,
+            *REMOTE,
             *WANDB,
         ],
     },

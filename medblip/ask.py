@@ -26,11 +26,13 @@ class AskOptions:
     """
 
     volume: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VOLUME")]
-    """The scan: NIfTI (.nii, .nii.gz) or an Analyze or NIfTI pair (.hdr)."""
+    """The scan: NIfTI (.nii, .nii.gz), an Analyze or NIfTI pair (.hdr), or the folder of one DICOM series."""
     question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")]
     """In words. A question for the diagnosis is answered with probabilities, any other one in free words."""
     model: str
     """A run folder, or one of its checkpoints."""
+    mask: str | None = None
+    """Image on the scan's grid, above 0 in the brain; for a model that was trained on masked scans."""
     report: str = ""
     """Text of the health record. Sentences beyond the tier that the model was trained with are left out."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -50,7 +52,7 @@ def ask(options: AskOptions) -> int:
     record = render_record({}, options.report, assistant.ehr)
     if options.report and not record:
         log.warning("the record was not used: nothing of it is within the model's tier '%s'", assistant.ehr)
-    found = answer_about(assistant, options.volume, options.question, record)
+    found = answer_about(assistant, options.volume, options.question, record, options.mask)
     if options.json:
         print(json.dumps(found))
         return 0
@@ -62,14 +64,16 @@ def ask(options: AskOptions) -> int:
     return 0
 
 
-def answer_about(assistant: Assistant, volume: str, question: str, record: str) -> dict[str, Any]:
-    """The `answer` to a question about an image file, and `probabilities` by diagnosis if it asks for one.
+def answer_about(
+    assistant: Assistant, volume: str, question: str, record: str, mask: str | None = None
+) -> dict[str, Any]:
+    """The `answer` to a question about an image or a DICOM folder, and `probabilities` by diagnosis if it asks for one.
 
     The scan is prepared with the model's own recipe, by the function that prepared the training's scans.
     """
     from medblip.volume import prepare
 
-    queries_BQC = assistant.encode(assistant.volume(prepare(volume, assistant.recipe)))
+    queries_BQC = assistant.encode(assistant.volume(prepare(volume, assistant.recipe, mask)))
     if not is_diagnosis_question(question):
         return {"answer": assistant.answer(queries_BQC, [render_prompt(record, question)])[0], "probabilities": None}
     p_BK = assistant.diagnose(queries_BQC, [record], question=question).double()

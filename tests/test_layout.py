@@ -14,7 +14,9 @@ from conftest import ROOT
 # A module imports only from rows above its own. A name may stand here before its module exists.
 LAYERS = [
     ["config"],
-    ["distributed", "schedule", "volume", "text"],
+    ["distributed", "schedule", "text", "dicom"],
+    ["image", "remote"],
+    ["volume", "cache"],
     ["towers"],
     ["words"],
     ["shards"],
@@ -34,7 +36,9 @@ ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 FENCES = {
     "deepspeed": ["train.py", "medblip/distributed.py", "medblip/checkpoint.py"],
     "webdataset": ["sharding/"],
-    "nibabel": ["medblip/volume.py", "medblip/explain.py", "sharding/"],
+    "nibabel": ["medblip/image.py", "medblip/explain.py", "sharding/"],
+    "pydicom": ["medblip/dicom.py", "sharding/"],
+    "fsspec": ["medblip/remote.py"],
 }
 
 CORE_STORY = ["medblip/config.py", "train.py", "medblip/data.py", "medblip/model.py"]
@@ -112,7 +116,15 @@ def test_no_file_names_a_folder_of_one_machine():
 
 
 @pytest.mark.parametrize(
-    "command", ["-c 'from medblip.cli import main; main()'", "-m sharding.build", "-m sharding.verify", "train.py"]
+    "command",
+    [
+        "-c 'from medblip.cli import main; main()'",
+        "-m sharding.manifest",
+        "-m sharding.build",
+        "-m sharding.verify",
+        "-m sharding.quality",
+        "train.py",
+    ],
 )
 def test_help_answers_at_once(command):
     """Under half a second of a quiet machine's time; twice that is allowed here."""
