@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tyro
 
-from medblip.config import TrainConfig
+from medblip.config import TrainConfig, is_url
 from medblip.schedule import Schedule, load_deepspeed_config, plan_schedule, positions
 
 SAVED_RUN_ME_AGAIN = 85
@@ -31,7 +31,7 @@ def main() -> int:
     try:
         config = tyro.cli(TrainConfig, description=TrainConfig.__doc__)
         for option, path in (("--deepspeed_config", config.deepspeed_config), ("--data", config.data)):
-            if not Path(path).exists():
+            if not is_url(path) and not Path(path).exists():
                 raise ValueError(f"{option} {path}: no such file or folder")
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)

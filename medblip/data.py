@@ -38,24 +38,34 @@ class SampleStream:
     """
 
     def __init__(self, shard_of_sample: list[int], seed: int, window_shards: int = 8):
-        self._shards = [np.flatnonzero(np.array(shard_of_sample) == shard) for shard in sorted(set(shard_of_sample))]
+        shards = np.array(shard_of_sample)
+        self._numbers = sorted(set(shard_of_sample))
+        self._shards = [np.flatnonzero(shards == number) for number in self._numbers]
         self.num_samples = len(shard_of_sample)
         self.seed = seed
         self.window_shards = window_shards
         self._order = functools.lru_cache(maxsize=2)(self._shuffle)
 
-    def _shuffle(self, epoch: int) -> np.ndarray:
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, list[list[int]], np.ndarray]:
+        """The order of the samples in an epoch; its windows of shards, and the place where each ends."""
         draw = np.random.default_rng([self.seed, epoch])
-        shards = [self._shards[i] for i in draw.permutation(len(self._shards))]
-        windows = [
-            np.concatenate(shards[i : i + self.window_shards]) for i in range(0, len(shards), self.window_shards)
-        ]
-        return np.concatenate([draw.permutation(window) for window in windows])
+        shards = draw.permutation(len(self._shards)).tolist()
+        windows = [shards[i : i + self.window_shards] for i in range(0, len(shards), self.window_shards)]
+        parts = [draw.permutation(np.concatenate([self._shards[i] for i in window])) for window in windows]
+        return np.concatenate(parts), windows, np.cumsum([len(part) for part in parts])
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, index of the sample) at a position of the stream."""
         epoch, place = divmod(position, self.num_samples)
-        return epoch, int(self._order(epoch)[place])
+        return epoch, int(self._order(epoch)[0][place])
+
+    def shards_from(self, position: int) -> list[int]:
+        """The shards of the window at a position, then those of the window after it."""
+        epoch, place = divmod(position, self.num_samples)
+        _, windows, ends = self._order(epoch)
+        now = int(np.searchsorted(ends, place, side="right"))
+        after = windows[now + 1] if now + 1 < len(windows) else self._order(epoch + 1)[1][0]
+        return [self._numbers[i] for i in windows[now] + after]
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class Loader:
     """Micro-batches of one rank from a position of the stream on, read ahead by a thread.
 
     Args:
-        reader: of the shards.
+        reader: of the shards; the loader's from now on.
         samples: of the training split, in the stream's numbering.
         stream: the order.
         words: the tokenisers.
@@ -145,13 +155,15 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """Stops the thread."""
+        """Stops the thread and closes the reader."""
         self._stop.set()
+        self._reader.give_up()
         while self._thread.is_alive():
             try:
                 self._ready.get(timeout=0.05)
             except queue.Empty:
                 continue
+        self._reader.close()
 
     def _run(self) -> None:
         try:
@@ -170,6 +182,7 @@ class Loader:
                 continue
 
     def _read(self, positions: list[int], slot: int) -> HostBatch:
+        self._reader.expect(self._stream.shards_from(positions[0]))
         places = [self._stream.at(position) for position in positions]
         epochs, samples = [epoch for epoch, _ in places], [self._samples[index] for _, index in places]
         num_voxels = sum(sample.num_voxels for sample in samples)

@@ -50,6 +50,9 @@ ArmName = Literal["image", "text", "both", "shuffled_image", "both_shuffled"]
 SHUFFLED_PAIRS = 1000
 """Pairs of a scan and another subject in a shuffled arm, in as many rounds: one round's score is a matter of luck."""
 
+READ_AHEAD = 400
+"""Samples whose shards are opened, and where need be fetched, ahead of the one that is read."""
+
 OTHER_ANSWER = "other"
 """Stands in predictions.csv for a written answer that is none of the options: it could repeat the record."""
 
@@ -66,7 +69,7 @@ class EvaluateOptions:
     model: str
     """A run folder, or one of its checkpoints."""
     data: str
-    """Folder of shards, prepared with the recipe that the model was trained on."""
+    """Folder of shards or its URL, prepared with the recipe that the model was trained on."""
     split: str = "test"
     """Split of the shards to evaluate."""
     out: str = "evaluation"
@@ -125,7 +128,10 @@ def evaluate(options: EvaluateOptions) -> int:
 
     reader = Reader(index, threads=2)
     queries_NQC = encode(assistant, reader, samples, options.batch)
-    records = [_record(reader, sample, tier) for sample in samples]
+    records = []
+    for sample in samples:
+        reader.expect([sample.shard])
+        records.append(_record(reader, sample, tier))
     reader.close()
 
     notes, cohorts, predictions = [], {}, []
@@ -217,6 +223,7 @@ def encode(assistant: Assistant, reader: Reader, samples: list[Sample], batch: i
     for start in tqdm(starts, desc="encoding", unit="batch", disable=not sys.stderr.isatty()):
         some = samples[start : start + batch]
         flat = torch.empty(sum(sample.num_voxels for sample in some), dtype=torch.uint8)
+        reader.expect(sample.shard for sample in samples[start : start + batch + READ_AHEAD])
         reader.volumes(some, flat.numpy())
         queries.append(assistant.encode(assistant.volumes(flat, some)))
     return torch.cat(queries)
@@ -348,8 +355,10 @@ def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
 
 
 def _split_sha256(index: ShardIndex) -> str | None:
-    path = index.folder / "split.csv"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    try:
+        return hashlib.sha256(index.read("split.csv")).hexdigest()
+    except ValueError:
+        return None
 
 
 def _commit() -> str | None:

@@ -1,20 +1,25 @@
-"""What lies where in a folder of shards (index.json), and reading it by offset with several threads."""
+"""What lies where in a folder of shards (index.json), and reading it by offset with several threads.
+
+The folder may be behind a URL: then whole shards are fetched into this node's cache (cache.py) and read there.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import zstandard
 
-from medblip.config import unknown
+from medblip.config import is_url, unknown
+
+FETCHES_AT_ONCE = 8
 
 
 class Sample(NamedTuple):
@@ -37,45 +42,32 @@ class Sample(NamedTuple):
 
 
 class ShardIndex:
-    """The contents of a folder of shards, from its index.json.
+    """The contents of a folder of shards, local or behind a URL, from its index.json.
 
     Raises:
-        ValueError: if the folder has no index, or a shard is missing or has another size than the index says.
+        ValueError: if the folder has no index, or a local shard is missing or has another size than the index says.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        path = self.folder / "index.json"
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: not a finished folder of shards; run python -m sharding.build")
-        content = json.loads(path.read_bytes())
+        self.remote = self.cache = None
+        if is_url(str(folder)):
+            from medblip.cache import Cache
+            from medblip.remote import Remote
+
+            self.remote, self.cache = Remote(str(folder)), Cache()
+        self.folder: Path | str = self.remote.url if self.remote else Path(folder)
+        content = json.loads(self.read("index.json"))
         self.recipe: dict = content["recipe"]
         self.recipe_id: str = content["recipe_id"]
         self.codec: str = content["codec"]
-        self.shards: list[Path] = [self.folder / shard["name"] for shard in content["shards"]]
+        self._entries: list[dict] = content["shards"]
+        names = [shard["name"] for shard in self._entries]
+        self.shards: list[Path | str] = [f"{self.folder}/{n}" if self.remote else self.folder / n for n in names]
         self._samples: dict[str, list[Sample]] = {}
-        for number, shard in enumerate(content["shards"]):
-            size = self.shards[number].stat().st_size if self.shards[number].is_file() else "missing"
-            if size != shard["bytes"]:
-                raise ValueError(
-                    f"{self.shards[number]}: {size} where index.json says {shard['bytes']} bytes; "
-                    f"run python -m sharding.verify {self.folder}"
-                )
-            self._samples.setdefault(shard["split"], []).extend(
-                Sample(
-                    sample["key"],
-                    number,
-                    tuple(sample["volume"]),
-                    tuple(sample["record"]),
-                    tuple(sample["shape"]),
-                    tuple(sample["pad_before"]),
-                    sample["cohort"],
-                    sample["subject"],
-                    sample["diagnosis"],
-                    sample["fingerprint"],
-                )
-                for sample in shard["samples"]
-            )
+        for number, shard in enumerate(self._entries):
+            if self.remote is None:
+                _check_size(self.shards[number], shard["bytes"])
+            self._samples.setdefault(shard["split"], []).extend(_samples_of(shard.pop("samples"), number))
 
     @property
     def grid_size(self) -> int:
@@ -92,47 +84,158 @@ class ShardIndex:
             raise ValueError(f"{self.folder}: {unknown('split', split, self._samples)}")
         return self._samples[split]
 
+    def read(self, name: str) -> bytes:
+        """The content of a small file of the folder.
+
+        Raises:
+            ValueError: if it is missing or cannot be fetched.
+        """
+        if self.remote is not None:
+            return self.remote.read(name)
+        path = self.folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: not a finished folder of shards; run python -m sharding.build")
+        return path.read_bytes()
+
+    def open(self, shard: int, stop: threading.Event) -> int:
+        """A file descriptor of a shard, fetched first where need be; given up soon after `stop` was set."""
+        if self.remote is None:
+            return os.open(self.shards[shard], os.O_RDONLY)
+        entry = self._entries[shard]
+        return self.cache.open(self.remote, entry["name"], entry["bytes"], entry["sha256"], stop)
+
+    def check_fits(self, shards: list[int]) -> None:
+        """Refuses shards of a URL that are too large to be in this node's cache together."""
+        if self.cache is not None:
+            self.cache.check_fits(sum(self._entries[shard]["bytes"] for shard in shards))
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size if path.is_file() else "missing"
+    if size != expected:
+        raise ValueError(
+            f"{path}: {size} where index.json says {expected} bytes; run python -m sharding.verify {path.parent}"
+        )
+
+
+def _samples_of(entries: list[dict], shard: int) -> list[Sample]:
+    return [
+        Sample(
+            entry["key"],
+            shard,
+            tuple(entry["volume"]),
+            tuple(entry["record"]),
+            tuple(entry["shape"]),
+            tuple(entry["pad_before"]),
+            entry["cohort"],
+            entry["subject"],
+            entry["diagnosis"],
+            entry["fingerprint"],
+        )
+        for entry in entries
+    ]
+
 
 class Reader:
-    """Reads samples of shards by offset with several threads; safe to share between threads."""
+    """Reads samples of shards by offset with several threads; safe to share between threads.
+
+    A shard is opened when it is first read or `expect`ed, and stays open until others are expected.
+    """
 
     def __init__(self, index: ShardIndex, threads: int):
         self.index = index
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
-        self._files = [os.open(path, os.O_RDONLY) for path in index.shards]
+        self._files: dict[int, Future[int]] = {}
+        self._expected: list[int] | None = None
+        self._opening = threading.Lock()
+        self._fetching = threading.Semaphore(FETCHES_AT_ONCE)
+        self._stop = threading.Event()
         self._local = threading.local()
         self._checked: set[str] = set()
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Says which shards are read next: they are opened ahead in this order, and all others are closed.
+
+        Not while another thread reads.
+
+        Raises:
+            ValueError: if they are too large to be in this node's cache together.
+        """
+        expected = list(dict.fromkeys(shards))
+        if expected == self._expected:
+            return
+        self.index.check_fits(expected)
+        self._expected = expected
+        for shard in set(self._files) - set(expected):
+            self._close(self._files.pop(shard))
+        for shard in expected:
+            self._file(shard)
 
     def record(self, sample: Sample) -> dict:
         """The sample's KEY.json."""
         offset, size = sample.record
-        return json.loads(os.pread(self._files[sample.shard], size, offset))
+        return json.loads(os.pread(self._file(sample.shard).result(), size, offset))
 
     def volumes(self, samples: list[Sample], flat: np.ndarray) -> None:
         """Fills `flat` (uint8) with the samples' voxels, one after the other.
 
         Raises:
-            ValueError: naming the shard and KEY of a sample that does not decode to its shape, or whose voxels
-                are not those of the index (checked the first time that a sample is read).
+            ValueError: naming the shard and KEY of a sample that does not decode to its shape, or whose voxels are
+                not those that were packed: zstd's own checksum, always; of raw voxels a hash, the first time.
         """
+        files = {shard: self._file(shard) for shard in {sample.shard for sample in samples}}
         starts = np.cumsum([0] + [sample.num_voxels for sample in samples]).tolist()
         jobs = [
-            self._pool.submit(self._fill, sample, flat[begin:end])
+            self._pool.submit(self._fill, files[sample.shard].result(), sample, flat[begin:end])
             for sample, begin, end in zip(samples, starts[:-1], starts[1:], strict=True)
         ]
         for job in jobs:
             job.result()
 
-    def _fill(self, sample: Sample, into: np.ndarray) -> None:
+    def give_up(self) -> None:
+        """Ends downloads soon, with an error for whoever waits for one."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Ends the threads and closes the files."""
+        self.give_up()
+        self._pool.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            self._close(file)
+        self._files = {}
+
+    def _file(self, shard: int) -> Future[int]:
+        with self._opening:
+            if shard not in self._files:
+                file = self._files[shard] = Future()
+                if self.index.remote is None:
+                    self._open(shard, file)
+                else:  # a daemon: a download must not keep a program from ending
+                    threading.Thread(target=self._open, args=(shard, file), name="fetch", daemon=True).start()
+            return self._files[shard]
+
+    def _open(self, shard: int, file: Future[int]) -> None:
+        with self._fetching:
+            if file.set_running_or_notify_cancel():
+                try:
+                    file.set_result(self.index.open(shard, self._stop))
+                except BaseException as error:  # raised where the shard is read
+                    file.set_exception(error)
+
+    def _close(self, file: Future[int]) -> None:
+        if not file.cancel():
+            file.add_done_callback(lambda done: done.exception() or os.close(done.result()))
+
+    def _fill(self, file: int, sample: Sample, into: np.ndarray) -> None:
         offset, size = sample.volume
         name = f"{self.index.shards[sample.shard]}: sample {sample.key}"
         if self.index.codec == "raw":
-            num_read = os.preadv(self._files[sample.shard], [into], offset) if size == into.size else size
+            num_read = os.preadv(file, [into], offset) if size == into.size else size
         else:
-            num_read = self._decompress(os.pread(self._files[sample.shard], size, offset), into, name)
+            num_read = self._decompress(os.pread(file, size, offset), into, name)
         if num_read != into.size:
             raise ValueError(f"{name} has {num_read} voxels instead of {into.size}")
-        if sample.key not in self._checked:
+        if self.index.codec == "raw" and sample.key not in self._checked:
             if hashlib.sha256(into).hexdigest()[:16] != sample.fingerprint:
                 raise ValueError(f"{name} is damaged: its voxels are not those of index.json")
             self._checked.add(sample.key)
@@ -140,17 +243,12 @@ class Reader:
     def _decompress(self, packed: bytes, into: np.ndarray, name: str) -> int:
         if not hasattr(self._local, "zstd"):
             self._local.zstd = zstandard.ZstdDecompressor()
-        num_read = 0
         try:
-            with self._local.zstd.stream_reader(io.BytesIO(packed)) as stream:
-                while num_read < into.size and (more := stream.readinto(into[num_read:])):
-                    num_read += more
-                return num_read + len(stream.read(1))  # reaches the end of the frame, and with it the checksum
+            size = zstandard.frame_content_size(packed)
+            if size != into.size:
+                return size
+            # All of the frame and all of its room at once: zstd then decodes in place and compares its checksum.
+            with self._local.zstd.stream_reader(packed, read_size=len(packed)) as stream:
+                return stream.readinto(into)
         except zstandard.ZstdError as error:
             raise ValueError(f"{name} is damaged: {error}") from None
-
-    def close(self) -> None:
-        """Ends the threads and closes the files."""
-        self._pool.shutdown(cancel_futures=True)
-        for file in self._files:
-            os.close(file)
