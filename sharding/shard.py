@@ -4,15 +4,21 @@ A tar is written under another name, flushed to the disk and renamed, and then i
 part file means a whole shard.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
+import socket
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from sharding.manifest import Scan
+
+if TYPE_CHECKING:
+    from medblip.volume import Recipe  # imports torch
 
 SPLITS = ("train", "val", "test")
 
@@ -25,6 +31,32 @@ class Shard:
     """Without `.tar`, e.g. train-00003."""
     split: str
     scans: list[Scan]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What all shards of a build have in common."""
+
+    out: Path
+    recipe: Recipe
+    codec: Literal["zstd", "raw"]
+    mask_column: str | None
+    """Column of the manifest that names each scan's brain mask, if masks are used."""
+    manifest_folder: Path
+    """What the masks' paths are relative to."""
+
+    def mask_of(self, scan: Scan) -> Path | None:
+        """The scan's brain mask, None where the build uses none.
+
+        Raises:
+            ValueError: the scan's cell is empty.
+        """
+        if self.mask_column is None:
+            return None
+        cell = scan.extra[self.mask_column].strip()
+        if not cell:
+            raise ValueError(f"row {scan.row} of the manifest names no brain mask in column {self.mask_column!r}")
+        return self.manifest_folder / cell
 
 
 def cut_into_shards(scans: list[Scan], shard_samples: int) -> list[Shard]:
@@ -46,14 +78,17 @@ def part_file(out: Path, name: str) -> Path:
     return out / ".parts" / f"{name}.json"
 
 
-def is_complete(out: Path, shard: Shard) -> bool:
-    """Whether the shard's part file and tar are there; that the tar's bytes are right is for verify to say."""
-    path = part_file(out, shard.name)
-    if not path.exists():
-        return False
-    entry = json.loads(path.read_bytes())["shard"]
-    tar = out / f"{shard.name}.tar"
-    return entry is None or (tar.exists() and tar.stat().st_size == entry["bytes"])
+def read_part(out: Path, shard: Shard) -> dict | None:
+    """What the part file says of a complete shard; None if file or tar are missing, or the tar has another size.
+
+    That the tar's bytes are right is for verify to say.
+    """
+    try:
+        part = json.loads(part_file(out, shard.name).read_bytes())
+        size_bytes = (out / f"{shard.name}.tar").stat().st_size if part["shard"] else 0
+    except FileNotFoundError:
+        return None
+    return part if part["shard"] is None or size_bytes == part["shard"]["bytes"] else None
 
 
 def fingerprint(voxels: bytes) -> str:
@@ -80,17 +115,41 @@ def to_json(value: dict) -> bytes:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file that is either all there or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        flush_to_disk(file)
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    temporary = temporary_for(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            flush_to_disk(file)
+        rename(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_for(path: Path) -> Path:
+    """A hidden name beside `path` that no other process uses, on whatever node."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
+def remove_leftovers(out: Path, stems: set[str]) -> None:
+    """Removes the temporary files of shards or tables (by name, without extension) that a killed build left."""
+    for folder in (out, out / ".parts"):
+        for path in folder.glob(".*.tmp"):
+            if path.name[1:].split(".")[0] in stems:
+                path.unlink(missing_ok=True)
 
 
 def flush_to_disk(file: BinaryIO) -> None:
     """Returns when the bytes survive a power cut."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Gives a file its final name, in place of an older one; returns when that survives a power cut."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -10,6 +10,7 @@ Example:
 """
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ import zstandard
 from tqdm import tqdm
 
 from sharding.manifest import subject_key
-from sharding.shard import fingerprint, members_of, sha256_of, to_json
+from sharding.shard import fingerprint, members_of, to_json
 
 SAME_IN_RECORD = ("key", "shape", "pad_before", "cohort", "diagnosis")
 
@@ -84,30 +85,54 @@ def _check_shard(folder: Path, shard: dict, index: dict) -> Iterator[str]:
         kind = "truncated" if size_bytes < shard["bytes"] else "altered"
         yield f"{name}: {kind}, {size_bytes} bytes where index.json has {shard['bytes']}"
         return
-    if sha256_of(tar) != shard["sha256"]:
-        yield f"{name}: altered, its sha256 is not that of index.json"
     try:
-        members = members_of(tar)
-    except tarfile.TarError as error:
-        yield f"{name}: not a readable tar ({error})"
-        return
+        yield from _read_through(tar, shard, index)
+    except OSError as error:
+        yield f"{name}: cannot be read ({error.strerror})"
+
+
+def _read_through(tar: Path, shard: dict, index: dict) -> Iterator[str]:
+    """Reads the bytes once, for the shard's sha256 and for its samples, if the tar has them where the index says."""
+    name, samples = shard["name"], shard["samples"]
     expected = [
         member
-        for sample in shard["samples"]
+        for sample in samples
         for member in ((sample["key"], "json", sample["record"]), (sample["key"], "vol", sample["volume"]))
     ]
-    if members != expected:
-        yield f"{name}: its members are not those of index.json in order and place"
-    with open(tar, "rb") as file:
-        for sample in shard["samples"]:
-            for fault in _check_sample(file, sample, index):
-                yield f"{name}: sample {sample['key']}: {fault}"
-
-
-def _check_sample(file, sample: dict, index: dict) -> Iterator[str]:
-    file.seek(sample["record"][0])
     try:
-        record = json.loads(file.read(sample["record"][1]))
+        members = members_of(tar)
+        if members != expected:
+            yield f"{name}: its members are not those of index.json in order and place"
+    except (tarfile.TarError, ValueError) as error:
+        yield f"{name}: not a readable tar ({error})"
+        members = []
+    sha256 = hashlib.sha256()
+    with open(tar, "rb", buffering=0) as file:
+        begin = 0
+        for sample in samples if members == expected else []:
+            (record_begin, record_size), (volume_begin, volume_size) = sample["record"], sample["volume"]
+            chunk = memoryview(_read(file, volume_begin + volume_size - begin))
+            sha256.update(chunk)
+            record = chunk[record_begin - begin :][:record_size]
+            for fault in _check_sample(record, chunk[volume_begin - begin :], sample, index):
+                yield f"{name}: sample {sample['key']}: {fault}"
+            begin = volume_begin + volume_size
+        while chunk := file.read(2**22):
+            sha256.update(chunk)
+    if sha256.hexdigest() != shard["sha256"]:
+        yield f"{name}: altered, its sha256 is not that of index.json"
+
+
+def _read(file, size: int) -> bytearray:
+    data = bytearray(size)
+    if file.readinto(data) != size:
+        raise OSError(errno.EIO, "ended early")
+    return data
+
+
+def _check_sample(record, stored, sample: dict, index: dict) -> Iterator[str]:
+    try:
+        record = json.loads(bytes(record))
         expected = {name: sample[name] for name in SAME_IN_RECORD}
         expected |= {"recipe_id": index["recipe_id"], "codec": index["codec"]}
         for name, value in expected.items():
@@ -116,8 +141,7 @@ def _check_sample(file, sample: dict, index: dict) -> Iterator[str]:
     except (ValueError, KeyError, TypeError) as error:
         yield f"record cannot be read ({error!r})"
 
-    file.seek(sample["volume"][0])
-    stored, num_voxels = file.read(sample["volume"][1]), math.prod(sample["shape"])
+    num_voxels = math.prod(sample["shape"])
     try:
         if index["codec"] == "zstd" and zstandard.frame_content_size(stored) == num_voxels:
             stored = zstandard.ZstdDecompressor().decompress(stored)

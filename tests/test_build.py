@@ -2,11 +2,15 @@ import csv
 import fcntl
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -18,6 +22,7 @@ import zstandard
 from medblip.volume import Recipe, prepare
 from sharding.build import Options, build
 from sharding.manifest import read_manifest
+from sharding.shard import fingerprint
 
 RECIPE = Recipe("standard", 32, 6.0)
 AFFINE = np.diag([3.0, 3, 3, 1])
@@ -65,20 +70,6 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "sharding.build", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes below `pid`, the youngest generation last."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found = [pid]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found[1:]
 
 
 def test_rebuild_gives_same_bytes_whatever_the_workers(manifest, built, tmp_path):
@@ -147,7 +138,7 @@ def test_a_bad_scan_leaves_a_gap_and_a_reason(built):
     with open(built / "rejected.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["scan"], row["stage"]) == (DAMAGED, "prepare")
-    assert row["file"].endswith(DAMAGED) and "EOFError" in row["reason"]
+    assert row["file"].endswith(DAMAGED) and "gzip" in row["reason"]
     assert sum(len(shard["samples"]) for shard in index["shards"]) == 4
     with open(built / "split.csv", newline="") as file:
         assert [row["scan_id"] for row in csv.DictReader(file)] == ["p0.nii.gz", "p1.nii.gz", "p2.nii.gz", "p4.nii.gz"]
@@ -203,11 +194,159 @@ def test_a_folder_with_other_shards_is_refused(manifest, tmp_path):
         build(options(manifest, tmp_path))
 
 
-def test_a_folder_is_written_by_one_job(manifest, built):
-    with open(built / ".parts" / "lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another build"):
-            build(options(manifest, built))
+HOLDER = """
+import sys, time
+from pathlib import Path
+from sharding.locks import Locks
+with Locks(Path(sys.argv[1])) as locks:
+    locks.to_write(int(sys.argv[2]), sys.argv[3:])
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def held(out: Path, first: int, *names: str):
+    """Another process writes the shards from number `first` on."""
+    environment = os.environ | {"SLURM_ARRAY_JOB_ID": "45", "SLURM_ARRAY_TASK_ID": "2"}
+    command = [sys.executable, "-c", HOLDER, str(out), str(first), *names]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        yield holder
+        holder.kill()
+
+
+def test_a_shard_is_written_by_one_build_and_the_other_is_named(manifest, tmp_path):
+    with held(tmp_path, 1, "train-00001") as holder:
+        for change in ({}, {"part": "1/1"}, {"part": "1/2"}, {"finish": True}):
+            with pytest.raises(ValueError) as error:
+                build(options(manifest, tmp_path, shard_samples=1, **change))
+            for text in (str(tmp_path), "train-00001", f"process {holder.pid}", "Slurm job 45_2"):
+                assert text in str(error.value)
+    assert build(options(manifest, tmp_path, shard_samples=1)) == 0
+
+
+def test_parts_of_one_build_do_not_wait_for_each_other(manifest, tmp_path, caplog):
+    caplog.set_level("INFO")
+    with held(tmp_path, 1, "train-00001"):
+        assert build(options(manifest, tmp_path, shard_samples=1, part="5/5")) == 0
+    assert "part 5/5: packed 1, set aside 0 (1 + 0 = 1 in this part)" == caplog.messages[-1]
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_the_part_that_ends_last_finishes_the_folder(manifest, built, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for part in ("2/2", "1/2"):
+        assert not (tmp_path / "index.json").exists()
+        assert build(options(manifest, tmp_path, part=part)) == 0
+    assert content(tmp_path) == content(built)
+    rejected = tmp_path / "rejected.csv"
+    assert re.fullmatch(r"part 1/2: packed \d, set aside \d.* \(\d \+ \d = 2 in this part\)", caplog.messages[-2])
+    assert caplog.messages[-1] == f"packed 4, set aside 1 -> {rejected} (4 + 1 = 5 in the manifest)"
+
+
+def test_more_parts_than_shards_is_no_fault(manifest, built, tmp_path):
+    for part in range(1, 8):
+        assert build(options(manifest, tmp_path, part=f"{part}/7")) == 0
+    assert content(tmp_path) == content(built)
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "1/2/3", "-1/3"])
+def test_a_part_that_is_none_is_refused(manifest, tmp_path, part):
+    with pytest.raises(ValueError, match=re.escape(part)):
+        build(options(manifest, tmp_path, part=part))
+
+
+def test_finish_names_what_is_missing_and_the_command_that_packs_it(manifest, built, tmp_path):
+    build(options(manifest, tmp_path, part="1/2"))
+    with pytest.raises(ValueError, match="shards are missing") as error:
+        build(options(manifest, tmp_path, finish=True))
+    command = shlex.split(str(error.value).partition("this packs them: ")[2])
+    assert "val-00000" in str(error.value)
+    assert command[:3] == ["python", "-m", "sharding.build"] and "--finish" not in command
+    assert subprocess.run([sys.executable, *command[1:]]).returncode == 0
+    (tmp_path / "index.json").unlink()
+    assert build(options(manifest, tmp_path, finish=True)) == 0
+    assert content(tmp_path) == content(built)
+
+
+def test_a_tar_too_many_or_another_s_shard_is_refused_at_the_end(manifest, built, tmp_path):
+    out = Path(shutil.copytree(built, tmp_path / "shards"))
+    shutil.copy(out / "val-00000.tar", out / "val-00001.tar")
+    with pytest.raises(ValueError, match=r"val-00001\.tar"):
+        build(options(manifest, out, finish=True))
+    (out / "val-00001.tar").unlink()
+    notes = out / ".parts" / "train-00001.json"
+    notes.write_bytes((out / ".parts" / "train-00000.json").read_bytes())
+    shutil.copy(out / "train-00000.tar", out / "train-00001.tar")
+    with pytest.raises(ValueError, match=r"does not hold its own scans"):
+        build(options(manifest, out, finish=True))
+    notes.unlink()
+    assert build(options(manifest, out)) == 0
+    assert content(out) == content(built)
+
+
+def test_retry_rejected_packs_mended_files_as_if_they_had_never_been_bad(tmp_path):
+    manifest = write_cohort(tmp_path / "images", damaged=())
+    assert build(options(manifest, tmp_path / "fresh")) == 0
+    whole = (tmp_path / "images" / DAMAGED).read_bytes()
+    (tmp_path / "images" / DAMAGED).unlink()
+    (tmp_path / "images" / "p4.nii.gz").rename(tmp_path / "p4.nii.gz")
+    out = tmp_path / "out"
+    build(options(manifest, out))
+    with open(out / "rejected.csv", newline="") as file:
+        rows = [(row["scan"], row["stage"]) for row in csv.DictReader(file)]
+    assert rows == [(DAMAGED, "read"), ("p4.nii.gz", "read")]
+
+    (tmp_path / "images" / DAMAGED).write_bytes(whole)
+    (tmp_path / "p4.nii.gz").rename(tmp_path / "images" / "p4.nii.gz")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert build(options(manifest, out)) == 0  # without the option what is set aside stays so
+    assert "p4" in (out / "rejected.csv").read_text()
+    assert build(options(manifest, out, retry_rejected=True)) == 0
+    assert content(out) == content(tmp_path / "fresh")
+    assert sum(path.stat().st_mtime_ns == before[path] for path in before) == 1
+
+
+def test_masks_come_from_a_column_and_a_row_without_one_is_set_aside(tmp_path):
+    manifest = write_cohort(tmp_path / "images", damaged=())
+    rows = list(csv.reader(manifest.read_text().splitlines()))
+    for row in rows[1:]:
+        image = nib.load(tmp_path / "images" / row[0])
+        mask = np.zeros(image.shape, np.uint8)
+        mask[4:16, 5:20, 3:15] = 1
+        nib.save(nib.Nifti1Image(mask, AFFINE), tmp_path / "images" / f"mask-{row[0]}")
+        row.append("" if row[0] == DAMAGED else f"mask-{row[0]}")
+    with open(manifest, "w", newline="") as file:
+        csv.writer(file).writerows([[*rows[0], "brain"], *rows[1:]])
+
+    with pytest.raises(ValueError, match="--mask-column 'brian'"):
+        build(options(manifest, tmp_path / "out", mask_column="brian"))
+    assert build(options(manifest, tmp_path / "out", mask_column="brain")) == 0
+    index = json.loads((tmp_path / "out" / "index.json").read_bytes())
+    recipe = Recipe("standard", 32, 6.0, brain_mask=True)
+    assert index["recipe"] == recipe.to_dict()
+    fingerprints = {sample["key"]: sample["fingerprint"] for shard in index["shards"] for sample in shard["samples"]}
+    for scan in read_manifest(manifest):
+        if scan.image.name != DAMAGED:
+            prepared = prepare(scan.image, recipe, scan.image.with_name(f"mask-{scan.image.name}"))
+            assert fingerprints.pop(scan.key) == fingerprint(prepared.volume_XYZ.tobytes())
+    assert not fingerprints
+    with open(tmp_path / "out" / "rejected.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["scan"], row["stage"]) == (DAMAGED, "read") and "'brain'" in row["reason"]
+    with pytest.raises(ValueError, match="mask_column was brain, now None"):
+        build(options(manifest, tmp_path / "out"))
+
+
+def test_a_scan_that_may_not_be_read_is_set_aside_with_one_line(tmp_path):
+    manifest = write_cohort(tmp_path / "images", damaged=())
+    (tmp_path / "images" / "p0.nii.gz").unlink()
+    (tmp_path / "images" / "p0.nii.gz").symlink_to("p0.nii.gz")
+    build(options(manifest, tmp_path / "out"))
+    lines = (tmp_path / "out" / "rejected.csv").read_text().splitlines()
+    assert lines[0] == "scan,stage,reason,file"
+    assert len(lines) == 2 and lines[1].startswith("p0.nii.gz,read,") and "symbolic links" in lines[1]
 
 
 def test_too_many_rejected_is_a_failure_after_the_rest_is_packed(tmp_path, caplog):
@@ -227,26 +366,45 @@ def test_a_build_that_packs_nothing_fails(tmp_path):
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
-def _start_with_a_stuck_scan(folder: Path) -> tuple[subprocess.Popen, Path, int]:
-    """A build whose second shard waits on a named pipe in place of an image; returns it, `out`, and the worker."""
-    manifest = write_cohort(folder / "images")
-    stuck = folder / "images" / "p4.nii.gz"  # the only scan of the split that is packed last
-    stuck.rename(folder / "p4.nii.gz")
-    os.mkfifo(stuck)
-    out = folder / "out"
-    arguments = ["--size", "32", "--spacing-mm", "6", "--shard-samples", "2", "--workers", "1"]
-    process = start(["--manifest", str(manifest), "--out", str(out), *arguments])
-    deadline = time.monotonic() + 60
-    while not (out / ".val-00000.tar.tmp").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.3)
-    return process, out, descendants(process.pid)[-1]
+class StuckFile:
+    """A file that nobody can open, for up to 45 s or until `mend`: this process holds a lease on it."""
+
+    def __init__(self, path: Path):
+        signal.signal(signal.SIGIO, signal.SIG_IGN)  # how the kernel says that someone waits
+        self._file = os.open(path, os.O_RDONLY)
+        fcntl.fcntl(self._file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+    def mend(self) -> None:
+        os.close(self._file)
 
 
-def _repair(folder: Path) -> None:
-    (folder / "images" / "p4.nii.gz").unlink()
-    (folder / "p4.nii.gz").rename(folder / "images" / "p4.nii.gz")
+class StuckBuild:
+    """A build whose last shard waits for an image that cannot be opened."""
+
+    def __init__(self, folder: Path):
+        self.out = folder / "out"
+        self.manifest = write_cohort(folder / "images")
+        self._image = StuckFile(folder / "images" / "p4.nii.gz")  # the only scan of the split that is packed last
+        self.mend = self._image.mend
+        arguments = ["--size", "32", "--spacing-mm", "6", "--shard-samples", "2", "--workers", "1"]
+        self.process = start(["--manifest", str(self.manifest), "--out", str(self.out), *arguments])
+
+    def stuck_worker(self, but: int = 0) -> int:
+        """The worker that is stuck, once it is, and is another than `but`."""
+        deadline = time.monotonic() + 60
+        while True:
+            assert time.monotonic() < deadline and self.process.poll() is None
+            stuck = {int(path.name.split("-")[-1].split(".")[0]) for path in self.out.glob(".val-00000.tar.*.tmp")}
+            stuck = {pid for pid in stuck - {but} if _is_alive(pid)}
+            if stuck:
+                time.sleep(0.3)
+                return stuck.pop()
+            time.sleep(0.05)
+
+    def end(self) -> tuple[int, str]:
+        """The exit status and the log."""
+        log = self.process.communicate(timeout=60)[1]
+        return self.process.returncode, log
 
 
 def _is_alive(pid: int) -> bool:
@@ -256,37 +414,134 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_dead_worker_is_reported_with_its_scan_and_the_next_run_goes_on(built, tmp_path):
-    process, out, worker = _start_with_a_stuck_scan(tmp_path)
+reads_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture
+def stuck(tmp_path):
+    build = StuckBuild(tmp_path)
+    yield build
+    build.process.kill()
+    build.process.communicate()
+
+
+@reads_proc
+def test_a_worker_that_is_killed_costs_nothing(stuck, built):
+    worker = stuck.stuck_worker()
+    stuck.mend()  # before the next one opens it
     os.kill(worker, signal.SIGKILL)
-    _, log = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "'p4.nii.gz' in hand" in log and "-9" in log and "Traceback" not in log
-
-    _repair(tmp_path)
-    kept = (out / "train-00000.tar").stat().st_mtime_ns
-    assert build(options(tmp_path / "images" / "manifest.csv", out)) == 0
-    assert (out / "train-00000.tar").stat().st_mtime_ns == kept
-    tars = [name for name in content(built) if name.endswith(".tar")] + ["index.json", "split.csv"]
-    assert {name: content(out)[name] for name in tars} == {name: content(built)[name] for name in tars}
+    status, log = stuck.end()
+    assert status == 0
+    assert "'p4.nii.gz' in hand" in log and "SIGKILL: out of memory?" in log and "Traceback" not in log
+    assert content(stuck.out)["index.json"] == content(built)["index.json"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_workers_die_with_their_parent_and_the_lock_is_free(built, tmp_path):
-    process, out, worker = _start_with_a_stuck_scan(tmp_path)
-    process.kill()
-    process.communicate(timeout=30)
+@reads_proc
+def test_a_scan_that_crashes_two_workers_is_set_aside_and_the_rest_goes_on(stuck, built):
+    worker = 0
+    for _ in range(2):
+        worker = stuck.stuck_worker(but=worker)
+        os.kill(worker, signal.SIGSEGV)
+    status, log = stuck.end()
+    assert status == 0 and "the scan is set aside" in log
+    with open(stuck.out / "rejected.csv", newline="") as file:
+        row = list(csv.DictReader(file))[-1]
+    assert (row["scan"], row["stage"]) == ("p4.nii.gz", "worker") and "SIGSEGV" in row["reason"]
+
+    stuck.mend()
+    assert build(options(stuck.manifest, stuck.out, retry_rejected=True)) == 0
+    for name in ("index.json", "split.csv", "train-00000.tar", "val-00000.tar"):
+        assert content(stuck.out)[name] == content(built)[name]
+
+
+@reads_proc
+def test_a_scan_whose_workers_are_killed_stops_the_build_and_the_next_run_goes_on(stuck, built):
+    worker = 0
+    for _ in range(3):
+        worker = stuck.stuck_worker(but=worker)
+        os.kill(worker, signal.SIGKILL)
+    status, log = stuck.end()
+    assert status == 1
+    assert "'p4.nii.gz'" in log.splitlines()[-1] and "--workers" in log.splitlines()[-1] and "Traceback" not in log
+    assert not (stuck.out / "index.json").exists() and not list(stuck.out.glob(".*.tmp"))
+
+    stuck.mend()
+    kept = (stuck.out / "train-00000.tar").stat().st_mtime_ns
+    assert build(options(stuck.manifest, stuck.out)) == 0
+    assert (stuck.out / "train-00000.tar").stat().st_mtime_ns == kept
+    assert content(stuck.out)["index.json"] == content(built)["index.json"]
+
+
+@reads_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("first_the_server", [False, True], ids=["alone", "after their fork server"])
+def test_workers_die_with_their_parent_and_the_locks_are_free(stuck, built, first_the_server):
+    worker = stuck.stuck_worker()
+    if first_the_server:
+        server = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(server, signal.SIGKILL)
+        time.sleep(0.3)
+        assert _is_alive(worker)
+    stuck.process.kill()
+    stuck.process.communicate(timeout=30)
     deadline = time.monotonic() + 10
     while _is_alive(worker):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not (out / "index.json").exists()
+    assert not (stuck.out / "index.json").exists()
 
-    _repair(tmp_path)
-    assert build(options(tmp_path / "images" / "manifest.csv", out)) == 0
-    assert content(out)["index.json"] == content(built)["index.json"]
-    assert not list(out.glob(".*.tmp"))
+    stuck.mend()
+    assert build(options(stuck.manifest, stuck.out)) == 0
+    assert content(stuck.out)["index.json"] == content(built)["index.json"]
+    assert not list(stuck.out.glob(".*.tmp"))
+
+
+@reads_proc
+@pytest.mark.slow
+def test_a_worker_can_be_replaced_after_its_fork_server_was_killed(stuck, built):
+    worker = stuck.stuck_worker()
+    os.kill(int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+    stuck.mend()
+    os.kill(worker, signal.SIGKILL)
+    status, log = stuck.end()
+    assert status == 0, log
+    assert content(stuck.out)["index.json"] == content(built)["index.json"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_the_next_run_goes_on(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    manifest = write_cohort(tmp_path / "images", damaged=())
+    assert build(options(manifest, tmp_path / "fresh", size=128, spacing_mm=1.5)) == 0
+    small = tmp_path / "small"
+    small.mkdir()
+    arguments = ["--manifest", str(manifest), "--out", str(small / "out"), "--size", "128", "--spacing-mm", "1.5"]
+    arguments += ["--shard-samples", "2", "--workers", "2"]
+    size = sum(path.stat().st_size for path in (tmp_path / "fresh").glob("*.tar"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(size * 0.7)}", "none", small], check=True)
+    try:
+        process = start(arguments)
+        log = process.communicate(timeout=60)[1]
+        assert process.returncode == 1
+        last = log.splitlines()[-1]
+        assert str(small / "out") in last and "No space left on device" in last and "Traceback" not in log
+        assert not list((small / "out").rglob(".*.tmp"))
+        for tar in (small / "out").glob("*.tar"):
+            assert tar.read_bytes() == (tmp_path / "fresh" / tar.name).read_bytes()
+
+        subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+        process = start(arguments)
+        log = process.communicate(timeout=60)[1]
+        assert process.returncode == 1 and "Read-only file system" in log and "Traceback" not in log
+
+        subprocess.run(["mount", "-o", f"remount,rw,size={size * 2 + 2**20}", small], check=True)
+        process = start(arguments)
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert content(small / "out") == content(tmp_path / "fresh")
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)
 
 
 def test_command_ends_with_one_summary_line(manifest, tmp_path):

@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,16 @@ def test_an_altered_shard_is_named_with_its_sample(shards, member):
     differences, _ = verify(Options(shards))
     assert any("train-00000.tar: altered" in difference for difference in differences)
     assert any(sample["key"] in difference for difference in differences) or member == "record"
+
+
+def test_any_flipped_byte_is_found(shards):
+    tar = shards / "train-00000.tar"
+    whole = tar.read_bytes()
+    for position in random.Random(0).sample(range(len(whole)), 40):
+        flip(tar, position)
+        assert any("train-00000.tar" in difference for difference in verify(Options(shards))[0]), position
+        tar.write_bytes(whole)
+    assert verify(Options(shards))[0] == []
 
 
 def test_an_altered_tar_header_is_found(shards):
