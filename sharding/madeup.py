@@ -393,16 +393,23 @@ def record(patient: Patient, options: Options, subject: int, session: int, scan:
     }
 
 
+def render_scan(template: Template, patient: Patient, options: Options, subject: int, session: int):
+    """Draw how a session was acquired and render it: a RAS+ NIfTI image, int16, and the drawn `Scan`."""
+    import nibabel as nib
+
+    scan = draw_scan(options.seed, options.cohort, subject, session, options.scanner)
+    image = render(template, patient, scan, patient.age_years + session, options.effect)
+    affine = np.diag([*scan.spacing_mm, 1.0])
+    affine[:3, 3] = -(np.array(image.shape) - 1) / 2 * scan.spacing_mm
+    return nib.Nifti1Image((image * scan.intensity_range).round().astype(np.int16), affine), scan
+
+
 def write_scan(template: Template, options: Options, subject: int, session: int) -> dict:
     """Draw, render and store one scan in its own axis order; return its row of the manifest."""
     import nibabel as nib
 
     patient = draw_patient(options.seed, options.cohort, subject)
-    scan = draw_scan(options.seed, options.cohort, subject, session, options.scanner)
-    image = render(template, patient, scan, patient.age_years + session, options.effect)
-    affine = np.diag([*scan.spacing_mm, 1.0])
-    affine[:3, 3] = -(np.array(image.shape) - 1) / 2 * scan.spacing_mm
-    stored = nib.Nifti1Image((image * scan.intensity_range).round().astype(np.int16), affine)
+    stored, scan = render_scan(template, patient, options, subject, session)
     to_orientation = nib.orientations.ornt_transform(
         nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(scan.orientation)
     )

@@ -286,23 +286,18 @@ RELEASES = ("adni", "nacc", "oasis1", "oasis2", "oasis3", "aibl", "miriad", "bid
 
 def main() -> None:
     """Turns the release that is named on the command line into a manifest."""
-    from importlib.util import find_spec
     from typing import Annotated, Union
 
     import tyro
 
     from sharding.release import one_row_per_subject, summary, write_release
 
-    modules = {
-        name: importlib.import_module(f"sharding.cohorts.{name}")
-        for name in RELEASES
-        if find_spec(f"sharding.cohorts.{name}")
-    }
+    modules = {name: importlib.import_module(f"sharding.cohorts.{name}") for name in RELEASES}
     choices = tuple(
         Annotated[module.Options, tyro.conf.subcommand(name, description=module.__doc__)]
         for name, module in modules.items()
     )
-    options = tyro.cli(Union[choices], description=__doc__)  # noqa: UP007 - made from RELEASES
+    options = tyro.cli(Union[choices], prog="python -m sharding.manifest", description=__doc__)  # noqa: UP007 - made from RELEASES
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     module = sys.modules[type(options).__module__]
     try:

@@ -8,13 +8,15 @@ import csv
 import datetime
 import io
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from sharding.manifest import COLUMNS_IN_ORDER
+from sharding.tables import Row
 
 log = logging.getLogger(__name__)
 
@@ -120,14 +122,17 @@ class Release:
         """Makes the scan's row, or drops it where its person or visit is unusable or has another dementia.
 
         `no_visit` says, in the row's `diagnosis_source`, why there is no visit. What the scan knows wins over what the
-        visit knows, and that over what is known of the person.
+        visit knows, and that over what is known of the person; None is not knowing.
         """
         for owner in (person, visit):
             if owner is not None and owner.fault:
                 return self.drop(scan, "a table's cell cannot be used", owner.fault)
         if visit is not None and visit.diagnosis == OTHER:
             return self.drop(scan, "another diagnosis than CN, MCI or AD", visit.diagnosis_source)
-        values = {**(person.values if person else {}), **(visit.values if visit else {}), **scan.values}
+        values: dict[str, object] = {}
+        for owner in (person, visit, scan):
+            known = owner.values if owner else {}
+            values |= {name: value for name, value in known.items() if value is not None or name not in values}
         self.rows.append(
             {
                 "scan_id": scan.scan_id,
@@ -142,6 +147,62 @@ class Release:
                 **values,
             }
         )
+
+
+def files_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder at or below `folder` with its files' names, both sorted, without hidden ones."""
+    from tqdm import tqdm
+
+    with tqdm(desc="folders", unit="", disable=None) as progress:  # only on a terminal
+        for parent, folders, names in os.walk(folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            progress.update()
+            yield Path(parent), sorted(name for name in names if not name.startswith("."))
+
+
+def one_each(read: Iterable[tuple[Row, Person | Visit]], key: Callable[[Person | Visit], Hashable]) -> dict:
+    """The person or visit of each `key`: rows that say the same are one, rows that differ make it a fault."""
+    owners: dict[Hashable, Person | Visit] = {}
+    rows: dict[Hashable, Row] = {}
+    for row, owner in read:
+        name = key(owner)
+        before, first = owners.setdefault(name, owner), rows.setdefault(name, row)
+        if before == owner or before.fault:
+            continue
+        said, says = ({"diagnosis": getattr(one, "diagnosis_source", ""), **one.values} for one in (before, owner))
+        differing = sorted(column for column in said | says if said.get(column) != says.get(column))
+        shown = ", ".join(f"{column} {said.get(column)!r} and {says.get(column)!r}" for column in differing)
+        fault = owner.fault or f"{first.where} and {row.where} contradict each other: {shown}"
+        owners[name] = replace(before, fault=fault)
+    return owners
+
+
+def merge_people(read: Iterable[tuple[Row, Person]]) -> dict[str, Person]:
+    """Each subject as all rows together tell; empty cells do not count, one that differs is a fault of the person."""
+    read = list(read)
+    people = {person.subject_id: Person(subject_id=person.subject_id) for _, person in read}
+    for column in dict.fromkeys(name for _, person in read for name in person.values):
+        known = (
+            (row, Person(subject_id=person.subject_id, values={column: person.values[column]}))
+            for row, person in read
+            if person.values.get(column) is not None
+        )
+        for subject, part in one_each(known, key=lambda person: person.subject_id).items():
+            before = people[subject]
+            people[subject] = replace(before, values=before.values | part.values, fault=before.fault or part.fault)
+    for _, person in read:
+        if person.fault:
+            people[person.subject_id] = person
+    return people
+
+
+def drop_copies(release: Release, scans: Iterable[FoundScan]) -> list[FoundScan]:
+    """The first of the scans with one scan_id; the others, copies of the same file, are dropped, naming it."""
+    first: dict[str, FoundScan] = {}
+    for scan in scans:
+        if first.setdefault(scan.scan_id, scan) is not scan:
+            release.drop(scan, "a second copy of the same image", str(first[scan.scan_id].image))
+    return list(first.values())
 
 
 def one_per(

@@ -8,11 +8,13 @@ column to column and are given where a column is read.
 import csv
 import datetime
 import difflib
+import functools
+import itertools
 import math
 import os
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 csv.field_size_limit(2**24)  # free-text columns of some tables go beyond the default
@@ -45,6 +47,8 @@ class Row:
     @property
     def surplus(self) -> int:
         """How many filled cells stand right of the header: then a comma was not quoted, and columns have shifted."""
+        if len(self.cells) <= self.width:
+            return 0
         beyond = self.cells[self.width :]
         return len(beyond) if any(cell.strip() for cell in beyond) else 0
 
@@ -66,7 +70,7 @@ class Row:
         value = self[column]
         if self.surplus:
             raise BadCell(f"{self.where}: {self.surplus} cells more than the header has; quote a cell that has commas")
-        if any("\udc80" <= letter <= "\udcff" for letter in value):
+        if not value.isascii() and any("\udc80" <= letter <= "\udcff" for letter in value):
             raise self.bad(column, "UTF-8; save the table as UTF-8")
         return "" if value in missing else value
 
@@ -121,17 +125,75 @@ class Row:
         return found.pop()
 
 
+@dataclass(slots=True)
+class Entry:
+    """What a table says under one key."""
+
+    where: str
+    """`FILE row N`, of the first row with this key."""
+    values: dict[str, object] = field(default_factory=dict)
+    fault: str = ""
+    """Why it cannot be used: a bad cell, or two rows that contradict each other."""
+
+
+def index_rows(
+    rows: Iterable[Row],
+    key: Callable[[Row], Hashable | None],
+    values: Callable[[Row], dict[str, object]],
+    faults: list[str],
+) -> dict[Hashable, Entry]:
+    """The rows by key. Equal rows count once; a bad cell or a contradiction is its entry's fault, and goes to `faults`.
+
+    `key` returns None for a row to pass over. A row whose key cannot be read is a fault and in no entry.
+    """
+    index: dict[Hashable, Entry] = {}
+    for row in rows:
+        try:
+            name = key(row)
+        except BadCell as error:
+            faults.append(str(error))
+            continue
+        if name is None:
+            continue
+        try:
+            new = Entry(row.where, values(row))
+        except BadCell as error:
+            new = Entry(row.where, fault=str(error))
+        entry = index.setdefault(name, new)
+        if entry is not new and not entry.fault and not new.fault and entry.values != new.values:
+            differing = [column for column in new.values if new.values[column] != entry.values[column]]
+            told = ", ".join(f"{column} {entry.values[column]} and {new.values[column]}" for column in differing)
+            new.fault = f"{entry.where} and row {row.line} are of the same visit or person and differ: {told}"
+        if new.fault:
+            faults.append(new.fault)
+            entry.fault = entry.fault or new.fault
+    return index
+
+
+def find_by_header(folder: Path, columns: Collection[str], suffixes: Collection[str] = (".csv",)) -> list[Path]:
+    """The tables below `folder` whose header has all of `columns`: for downloads whose file name is the user's."""
+    found = []
+    for name, path in _files_below(folder):
+        if path.suffix.lower() in suffixes and not name.startswith("."):
+            with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+                header = {cell.strip() for cell in next(csv.reader([file.readline()]), [])}
+            if header.issuperset(columns):
+                found.append(path)
+    return sorted(found)
+
+
 def find_table(
     folder: Path, stems: Collection[str], *, required: bool = True, suffixes: Collection[str] = (".csv",)
 ) -> Path | None:
     """The one file below `folder` that is named STEM or STEM_DATE, for the first of `stems` that has any.
 
-    A date is what the archives append: `21Aug2025`, `2025-08-21`, `01-Jun-2018`. Case does not matter.
+    A date is what the archives append: `21Aug2025`, `2025-08-21`, `01-Jun-2018`; oasis-brains.org appends 16 hex digits
+    (`-5708aa0a98d82080`), browsers ` (1)`. Case does not matter.
 
     Raises:
         ValueError: several files have the name, or none has and it is `required`; says what was looked for.
     """
-    date = r"(?:_(?:\d{1,2}-?[A-Za-z]{3}-?\d{4}|\d{4}-?\d{2}-?\d{2}))?(?: ?\(\d+\))?"
+    date = r"(?:_(?:\d{1,2}-?[A-Za-z]{3}-?\d{4}|\d{4}-?\d{2}-?\d{2})|-[0-9a-f]{16})?(?: ?\(\d+\))?"
     files = _files_below(folder)
     for stem in stems:
         pattern = re.compile(f"{stem}{date}(?:{'|'.join(map(re.escape, suffixes))})", re.IGNORECASE)
@@ -155,17 +217,22 @@ def _files_below(folder: Path) -> list[tuple[str, Path]]:
 
 
 def read_table(
-    path: Path, needed: Collection[str] = (), names: dict[str, Collection[str]] | None = None, delimiter: str = ","
+    path: Path,
+    needed: Collection[str] = (),
+    names: dict[str, Collection[str]] | None = None,
+    delimiter: str = ",",
+    wanted: Callable[[str], bool] | None = None,
 ) -> Iterator[Row]:
     """The rows of a table that are not blank, in its order.
 
     `names` gives other spellings of a column: {"sex": ("M/F", "Gender")} makes the first that is there `sex` as well.
-    Spellings are matched exactly, blanks around them stripped.
+    Spellings are matched exactly, blanks around them stripped. `wanted` sees each line of a CSV file as it is and says
+    whether it is worth cutting into cells: for tables of a gigabyte.
 
     Raises:
         ValueError: the file is empty, is not a table, has a column twice, or misses a needed one.
     """
-    lines = _lines_xlsx(path) if path.suffix.lower() == ".xlsx" else _lines_csv(path, delimiter)
+    lines = _lines_xlsx(path) if path.suffix.lower() == ".xlsx" else _lines_csv(path, delimiter, wanted)
     try:
         _, header = next(lines)
     except StopIteration:
@@ -183,16 +250,15 @@ def read_table(
 
 def _columns(path: Path, header: list[str], needed: Collection[str], names: dict, delimiter: str) -> dict[str, int]:
     header = [name.strip() for name in header]
-    columns: dict[str, int] = {}
-    for place, name in enumerate(header):
-        if name and name in columns:
-            raise ValueError(f"{path}: column {name!r} appears twice; download the table again")
-        columns[name] = place
+    columns = {name: place for place, name in enumerate(header)}
     for name, spellings in names.items():
         place = next((columns[spelling] for spelling in (name, *spellings) if spelling in columns), None)
         if place is not None:
             columns[name] = place
     absent = [name for name in needed if name not in columns]
+    twice = [name for name in columns if name and header.count(name) > 1]
+    if twice and (not needed or len(absent) < len(needed)):  # else the file has no header, only values
+        raise ValueError(f"{path}: column {twice[0]!r} appears twice; download the table again")
     if absent and len(header) == 1 and re.search("[;\t]", header[0]):
         raise ValueError(f"{path}: columns must be separated by {delimiter!r}; this file has {header[0][:60]!r}")
     if absent:
@@ -205,16 +271,38 @@ def _columns(path: Path, header: list[str], needed: Collection[str], names: dict
     return columns
 
 
-def _lines_csv(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _lines_csv(
+    path: Path, delimiter: str, wanted: Callable[[str], bool] | None = None
+) -> Iterator[tuple[int, list[str]]]:
     # Bytes that are not UTF-8 survive as surrogates: they are a fault only where a cell is used.
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        yield from enumerate(csv.reader(file, delimiter=delimiter), start=1)
+        if wanted is None:
+            yield from enumerate(csv.reader(file, delimiter=delimiter), start=1)
+            return
+        skipped = 0
+
+        def worth_cutting() -> Iterator[str]:
+            nonlocal skipped
+            yield from itertools.islice(file, 1)
+            for line in file:
+                if '"' in line or wanted(line):  # a quoted cell may go on in the next line
+                    yield line
+                else:
+                    skipped += 1
+
+        for number, cells in enumerate(csv.reader(worth_cutting(), delimiter=delimiter), start=1):
+            yield number + skipped, cells
 
 
 def _lines_xlsx(path: Path) -> Iterator[tuple[int, list[str]]]:
+    import zipfile
+
     import openpyxl
 
-    sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
+    try:
+        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{path}: not an Excel workbook ({error}); download it again") from error
     for number, cells in enumerate(sheet.iter_rows(values_only=True), start=1):
         yield number, ["" if cell is None else str(cell) for cell in cells]
 
@@ -227,6 +315,7 @@ def _plain_number(text: str) -> str:
         return text
 
 
+@functools.lru_cache(65536)  # the same days come again and again, and strptime is slow
 def _date(text: str, text_format: str) -> datetime.date | None:
     try:
         return datetime.datetime.strptime(text, text_format).date()
