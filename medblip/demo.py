@@ -1,4 +1,8 @@
-"""The whole way on made-up patients: the README's commands, each printed before it runs."""
+"""The whole way on made-up patients: the README's commands, each printed before it runs.
+
+The patients come in seven releases, laid out as ADNI, NACC, OASIS-1, -2, -3, AIBL and MIRIAD are downloaded. AIBL and
+MIRIAD, from another scanner, are only tested on.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+STUDIES = ("adni", "nacc", "oasis1", "oasis2", "oasis3", "aibl", "miriad")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """The whole way on made-up patients: scans, shards, training on two ranks, evaluation, one question.
+    """The whole way on made-up patients: releases, manifest, shards, training, evaluation, one question.
 
     Examples:
       medblip demo
@@ -26,7 +32,7 @@ class DemoOptions:
     out: str = "demo"
     """Folder for everything; its contents of an earlier demo are replaced."""
     subjects: int = 300
-    """Made-up patients, one scan each; four fifths train, a tenth is held out for the test."""
+    """Made-up patients of seven studies; those of AIBL and MIRIAD, and a tenth of ADNI and NACC, are held out."""
     effect: float = 2.0
     """How strongly the disease changes the made-up brains; 0 makes the image useless."""
     steps: int | None = None
@@ -47,7 +53,7 @@ def demo(options: DemoOptions) -> int:
     repository = Path(__file__).resolve().parent.parent
     if not (repository / "train.py").is_file():
         raise ValueError("medblip demo runs train.py: call it from a checkout of the repository")
-    for name in ("patients", "shards", "run", "evaluation"):
+    for name in ("releases", "manifests", "shards", "quality", "run", "evaluation"):
         shutil.rmtree(out / name, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
@@ -55,26 +61,39 @@ def demo(options: DemoOptions) -> int:
     deepspeed = str(Path(python).with_name("deepspeed"))
     shown = {python: "python", deepspeed: "deepspeed"}
     ranks, engine = _hardware()
+    manifests = [out / f"manifests/{name}.csv" for name in STUDIES]
+    manifest = out / "manifests/all.csv"
     stages = [
         (
-            f"1/5  {options.subjects} made-up patients",
-            [python, "-m", "sharding.madeup", "--out", out / "patients", "--subjects", options.subjects]
+            f"1/6  {options.subjects} made-up patients, in seven releases as they are downloaded",
+            [python, "-m", "sharding.releases", "--out", out / "releases", "--subjects", options.subjects]
             + ["--effect", options.effect, "--seed", options.seed],
         ),
+        *(
+            (
+                "2/6  releases to one manifest" if name == STUDIES[0] else "",
+                [python, "-m", "sharding.manifest", name, "--images", out / f"releases/{name}/images"]
+                + ["--tables", out / f"releases/{name}/tables", "--out", path],
+            )
+            for name, path in zip(STUDIES, manifests, strict=True)
+        ),
+        ("", [python, "-m", "sharding.merge", *manifests, "--out", manifest]),
+        ("", [python, "-m", "sharding.audit", manifest]),
         (
-            "2/5  scans to shards, and the shards read back",
-            [python, "-m", "sharding.build", "--manifest", out / "patients/manifest.csv", "--out", out / "shards"]
+            "3/6  scans to shards, the shards read back, and a page to look at",
+            [python, "-m", "sharding.build", "--manifest", manifest, "--out", out / "shards"]
             + ["--size", 96, "--spacing-mm", 2.2, "--shard-samples", 40],
         ),
         ("", [python, "-m", "sharding.verify", out / "shards"]),
+        ("", [python, "-m", "sharding.quality", out / "shards", "--out", out / "quality"]),
         (
-            f"3/5  training on {ranks} ranks",
+            f"4/6  training on {ranks} ranks",
             [deepspeed, "--num_gpus", ranks, "train.py", "--deepspeed_config", f"ds_configs/{engine}"]
             + ["--preset", "tiny", "--data", out / "shards", "--run", out / "run", "--seed", options.seed]
             + (["--steps", options.steps] if options.steps else []),
         ),
         (
-            "4/5  held-out patients",
+            "5/6  held-out patients",
             [python, "-m", "medblip.cli", "evaluate", "--model", out / "run", "--data", out / "shards"]
             + ["--split", "test", "--out", out / "evaluation"],
         ),
@@ -85,10 +104,10 @@ def demo(options: DemoOptions) -> int:
             console.print(Rule(f"[bold]{title}", align="left"))
         if code := _run(console, command, shown, repository):
             return code
-    console.print(Rule("[bold]5/5  one question about one scan", align="left"))
+    console.print(Rule("[bold]6/6  one question about one scan", align="left"))
     question = "What will this subject be diagnosed with?"
-    patient, diagnosis = _held_out_patient(out)
-    command = [python, "-m", "medblip.cli", "ask", out / "patients" / patient, question, "--model", out / "run"]
+    scan, diagnosis = _held_out_scan(out / "shards/split.csv", manifest)
+    command = [python, "-m", "medblip.cli", "ask", scan, question, "--model", out / "run"]
     if code := _run(console, command, shown, repository):
         return code
     console.print(f"(this made-up patient was {diagnosis})")
@@ -120,14 +139,14 @@ def _run(console, command: list, shown: dict[str, str], repository: Path) -> int
     return code
 
 
-def _held_out_patient(out: Path) -> tuple[str, str]:
-    """Image path and diagnosis of the first test patient with the disease, from split.csv and the manifest."""
-    with open(out / "shards/split.csv", newline="") as file:
+def _held_out_scan(split: Path, manifest: Path) -> tuple[Path, str]:
+    """Image and diagnosis of the first test scan of somebody with the disease."""
+    with open(split, newline="") as file:
         test = {row["scan_id"] for row in csv.DictReader(file) if row["split"] == "test"}
-    with open(out / "patients/manifest.csv", newline="") as file:
+    with open(manifest, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["scan_id"] in test]
     row = next((row for row in rows if row["diagnosis"] == "AD"), rows[0])
-    return row["image"], row["diagnosis"]
+    return manifest.parent / row["image"], row["diagnosis"]
 
 
 def _pictures(out: Path) -> None:
@@ -143,7 +162,7 @@ def _summary(console, out: Path, elapsed_s: float) -> None:
 
     report = json.loads((out / "evaluation/report.json").read_text())
     table = Table(title="held-out patients, balanced accuracy", title_justify="left")
-    for heading in ("what the model read", "balanced accuracy", "95 % interval", "chance"):
+    for heading in ("cohort", "what the model read", "balanced accuracy", "95 % interval", "chance"):
         table.add_column(heading)
     names = {
         "image": "the scan",
@@ -151,15 +170,18 @@ def _summary(console, out: Path, elapsed_s: float) -> None:
         "both": "scan and record",
         "shuffled_image": "another patient's scan",
     }
-    for cohort in report["cohorts"].values():
+    for cohort_name, cohort in report["cohorts"].items():
         for arm, name in names.items():
             low, high = cohort[arm]["ci95"]["balanced_accuracy"]
             chance = 1 / len(cohort[arm]["classes"])
-            table.add_row(name, f"{cohort[arm]['balanced_accuracy']:.2f}", f"{low:.2f} - {high:.2f}", f"{chance:.2f}")
+            table.add_row(
+                cohort_name, name, f"{cohort[arm]['balanced_accuracy']:.2f}", f"{low:.2f} - {high:.2f}", f"{chance:.2f}"
+            )
     console.print(table)
     places = Table.grid(padding=(0, 2))
     for what, where in (
         ("scans as the model sees them", "scans.png"),
+        ("every scan, to look at", "quality/index.html"),
         ("loss curves", "losses.png"),
         ("confusion matrix", "confusion.png"),
         ("evaluation", "evaluation/report.md"),

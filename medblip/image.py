@@ -31,7 +31,7 @@ from medblip import dicom
 SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
 MIN_VOXELS, MAX_VOXELS = 16, 2048  # along one axis
 MIN_EDGE_MM, MAX_EDGE_MM = 40.0, 1000.0
-MAX_SPACING_MM = 5.0
+MAX_SLICE_GAP_MM, FLAT = 5.0, 1.5  # slices this far apart, and this many times farther than pixels, are no volume
 MAX_TOTAL_VOXELS = 2**28  # 1 GiB as float32; a 0.4 mm whole head has 2**27.6
 SAME_SPACING = 0.01  # pixdim and sform may differ by this share
 MAX_SLOPE = 1e20
@@ -145,10 +145,10 @@ def check_grid(shape: tuple[int, ...], affine: np.ndarray) -> None:
         raise ValueError(
             f"covers {_by(edges_mm)} mm, not {MIN_EDGE_MM:g}..{MAX_EDGE_MM:g} mm a side; is the voxel size right?"
         )
-    if spacing.max() >= MAX_SPACING_MM:
+    if spacing.max() >= MAX_SLICE_GAP_MM and spacing.max() >= FLAT * spacing.min():
         raise ValueError(
-            f"slice gap of {spacing.max():.4g} mm (voxels of {_by(spacing)} mm): from {MAX_SPACING_MM:g} mm on this is "
-            "no volume acquisition"
+            f"slice gap of {spacing.max():.4g} mm (voxels of {_by(spacing)} mm): from {MAX_SLICE_GAP_MM:g} mm on this "
+            "is no volume acquisition"
         )
 
 

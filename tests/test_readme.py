@@ -7,15 +7,18 @@ import sys
 import pytest
 from conftest import ROOT
 
+from sharding.manifest import RELEASES
+
 PAGES = [ROOT / "README.md", ROOT / "ds_configs/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     ["train.py"],
-    *(["-m", f"sharding.{name}"] for name in ("build", "verify", "madeup")),
+    *(["-m", f"sharding.{name}"] for name in ("build", "verify", "quality", "merge", "audit", "madeup", "releases")),
+    *(["-m", "sharding.manifest", name] for name in RELEASES),
     *(["-m", "medblip.cli", name] for name in ("evaluate", "ask", "fetch", "demo")),
 ]
 # Options of the launchers and of git, pip and sbatch, which the pages show beside ours.
 OTHERS = {
-    "num_gpus", "nproc-per-node", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signals-to-handle",
+    "array", "num_gpus", "nproc-per-node", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signals-to-handle",
     "run-path", "no-build-isolation", "kill-on-bad-exit", "wait", "help", "version",
 }  # fmt: skip
 
@@ -48,7 +51,8 @@ def test_the_map_names_every_module_and_nothing_else():
     text = (ROOT / "README.md").read_text()
     part = text[text.index("## Where things are") :]
     named = set(re.findall(r"([a-z_]+)\.py", part))
-    existing = {path.stem for path in (ROOT / "medblip").glob("*.py")} - {"__init__", "cli", "fetch"} | {"train"}
+    modules = {path.stem for folder in ("medblip", "sharding") for path in (ROOT / folder).glob("*.py")}
+    existing = modules - {"__init__", "cli", "fetch"} | {"train"}
     assert named == existing
     for name in re.findall(r"^([\w./]+/?)  ", part, flags=re.M):
         assert (ROOT / name).exists(), name
