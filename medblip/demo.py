@@ -140,12 +140,12 @@ def _run(console, command: list, shown: dict[str, str], repository: Path) -> int
 
 
 def _held_out_scan(split: Path, manifest: Path) -> tuple[Path, str]:
-    """Image and diagnosis of the first test scan of somebody with the disease."""
+    """Image and diagnosis of a test scan of somebody with the disease, of a cohort that was not trained on."""
     with open(split, newline="") as file:
         test = {row["scan_id"] for row in csv.DictReader(file) if row["split"] == "test"}
     with open(manifest, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["scan_id"] in test]
-    row = next((row for row in rows if row["diagnosis"] == "AD"), rows[0])
+    row = next((row for row in rows if (row["cohort"], row["diagnosis"]) == ("AIBL", "AD")), rows[0])
     return manifest.parent / row["image"], row["diagnosis"]
 
 

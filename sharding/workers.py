@@ -5,6 +5,7 @@ A worker that dies leaves its shard to a fresh one. If the same scan ends a seco
 nothing about the scan, and its shard is tried once more at the end, with no other worker beside it.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -28,6 +29,7 @@ SECONDS_BETWEEN_LINES = 30.0
 RECENT_S = 180.0  # the speed that the time left is told from
 SLOW_SCAN_S = 300.0
 OUT_OF_MEMORY = 137  # what a shell shows for a process that was killed for its memory
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 KILLED = (-signal.SIGKILL, -signal.SIGTERM, OUT_OF_MEMORY)
 
 
@@ -199,6 +201,7 @@ def _work(pipe: Connection, packing: Packing) -> None:
     Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
     torch.set_num_threads(1)
+    keep_memory()
     while True:
         try:
             shard, deadly = pipe.recv()
@@ -213,6 +216,17 @@ def _work(pipe: Connection, packing: Packing) -> None:
             pipe.send(error)
             os._exit(1)  # leaving in order would try to write the rest of the tar once more
         pipe.send(_Told(None, len(shard.scans), num_aside, is_complete=True))
+
+
+def keep_memory() -> None:
+    """Has glibc keep the memory of one scan for the next: else the kernel maps and clears it anew, a third of the time.
+
+    Elsewhere nothing happens.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _die_with_parent() -> None:
