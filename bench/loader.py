@@ -12,11 +12,12 @@ recipe `reference`, so that all give the same grid. The scans are made-up patien
 
     python bench/loader.py [--volumes 12] [--rounds 5] [--json loader.json]
 
-mosaicml-streaming does not go with our numpy and transformers. For its rows make an environment beside ours:
+mosaicml-streaming does not go with our numpy and transformers. For its rows make an environment beside ours (and give it a
+torchvision that fits this torch, or an empty one: only its image data sets use it):
 
     python -m venv /tmp/streaming
     echo "$PWD/.venv/lib/python3.11/site-packages" > /tmp/streaming/lib/python3.11/site-packages/ours.pth
-    /tmp/streaming/bin/pip install --no-deps mosaicml-streaming Brotli catalogue python-snappy zstd xxhash torchvision
+    /tmp/streaming/bin/pip install --no-deps mosaicml-streaming Brotli catalogue python-snappy zstd xxhash
     /tmp/streaming/bin/python bench/loader.py
 """
 
