@@ -1,7 +1,11 @@
 import csv
 
+import nibabel as nib
+import numpy as np
 import pytest
+from test_build import options, write_cohort
 
+from sharding.build import build
 from sharding.manifest import read_manifest
 from sharding.split import apply_split
 
@@ -54,3 +58,31 @@ def test_a_split_file_that_cannot_be_applied_is_refused(tmp_path, scans, text, w
 def test_another_table_is_not_taken_for_a_split_file(tmp_path, scans):
     with pytest.raises(ValueError, match="lacks split"):
         apply_split(scans, tmp_path / "m.csv")
+
+
+def test_a_build_repeats_the_split_of_another_build(tmp_path):
+    theirs = write_cohort(tmp_path / "theirs", subjects=6)
+    assert build(options(theirs, tmp_path / "a")) == 0
+    # Here one scan is missing, one is new, one is another image, and the manifest has no split.
+    ours = write_cohort(tmp_path / "ours", subjects=7)
+    image = nib.load(tmp_path / "ours/p1.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine), tmp_path / "ours/p1.nii.gz")
+    rows = [line.split(",")[:-1] for line in ours.read_text().splitlines() if not line.startswith("p2")]
+    ours.write_text("\n".join(",".join(row) for row in rows) + "\n")
+    split_file = tmp_path / "a/split.csv"
+    assert build(options(ours, tmp_path / "b", split_file=split_file)) == 0
+
+    def table(path):
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    had = {row["scan_id"]: row for row in table(split_file)}
+    have = {row["scan_id"]: row for row in table(tmp_path / "b/split.csv")}
+    assert have == {name: row for name, row in had.items() if name not in ("p1.nii.gz", "p2.nii.gz")}
+    assert {row["split"] for row in have.values()} == {"train", "val"}
+    rejected = {row["scan"]: row for row in table(tmp_path / "b/rejected.csv")}
+    assert rejected["p1.nii.gz"]["stage"] == "split" and "another image" in rejected["p1.nii.gz"]["reason"]
+    missing = {(row["in"], row["scan_id"]) for row in table(tmp_path / "b/split.missing.csv")}
+    assert missing == {("split file", "p2.nii.gz"), ("manifest", "p3.nii.gz"), ("manifest", "p6.nii.gz")}
+    with pytest.raises(ValueError, match="split_file was"):
+        build(options(ours, tmp_path / "b"))
