@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 DEMO = ["nilearn>=0.11"]
+BIOGPT = ["sacremoses>=0.1"]  # BioGPT's tokenizer
 DICOM = ["dcm2niix>=1.0.20220715"]
 REMOTE = ["fsspec[http]>=2024.6", "s3fs>=2024.6"]
 WANDB = ["wandb>=0.19"]
@@ -40,6 +41,7 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
+        "biogpt": BIOGPT,
         "demo": DEMO,
         "dicom": DICOM,
         "flash": ["flash-attn>=2.8,<3"],
@@ -53,6 +55,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
+            *BIOGPT,
             *DEMO,
             *DICOM,
             *REMOTE,

@@ -56,6 +56,7 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
     from medblip import checkpoint
     from medblip.data import Loader, SampleStream
     from medblip.distributed import any_rank, barrier, log
+    from medblip.losses import balance
     from medblip.model import MedBLIP
     from medblip.optim import build_optimizer, set_learning_rate
     from medblip.preview import dry_run
@@ -66,7 +67,7 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
     run = Path(config.run)
     held = lock(run) if rank.is_main and not config.dry_run else None  # noqa: F841 - held until the process ends
     index = ShardIndex(config.data)
-    samples = index.samples("train")
+    samples = balance(index.samples("train"), config.balance_classes, config.balance_subjects)
     config = keep_schedule(run, config, rank.world)
     schedule, notes = plan_schedule(config, len(samples), rank.world)
     engine_config = load_deepspeed_config(config.deepspeed_config, schedule)

@@ -21,13 +21,17 @@ class ModelConfig:
     """The parts of one model. Widths and depths come from the checkpoints, never from here."""
 
     vision: str
-    """Checkpoint of the frozen 2-D vision transformer: a folder, a hub id, or a made tower such as `tiny/vision`."""
+    """Frozen 2-D vision transformer: folder or hub id (BLIP-2), eva_vit_g.pth, or a made tower like `tiny/vision`."""
     qformer: str
-    """Checkpoint that the MedQFormer starts from, with its own tokenizer for the text branch."""
+    """What the MedQFormer starts from (BLIP-2 with text branch, or BERT), with the text branch's tokenizer."""
     language: str
     """Checkpoint of the language model: any causal or encoder-decoder Hugging Face model."""
     patch_edge: int = 32
     """Edge of a cubic 3-D patch in voxels."""
+    patch_init: Literal["inflated", "random"] = "inflated"
+    """Start of the 3-D patch and position embeddings: from the 2-D ones, or random as published."""
+    qformer_init: Literal["pretrained", "random"] = "pretrained"
+    """Start of the MedQFormer: its checkpoint, or random with the checkpoint's sizes and tokenizer."""
     num_queries: int = 32
     """Learned queries, each of which becomes one token for the language model."""
     contrast_width: int = 256
@@ -72,6 +76,7 @@ _TINY = ModelConfig(
     qformer="tiny/qformer",
     language="tiny/gpt2",
     patch_edge=16,
+    patch_init="random",
     contrast_width=64,
     train_final_layernorm=True,
     max_prompt_tokens=160,
@@ -88,9 +93,30 @@ _TINY_PRESET = Preset(
     weight_decay=0.05,
 )
 
+_FULL_PRESET = Preset(
+    model=ModelConfig(
+        vision="Salesforce/blip2-itm-vit-g", qformer="Salesforce/blip2-itm-vit-g", language="stanford-crfm/BioMedLM"
+    ),
+    epochs=100,
+    global_batch=56,
+    micro_batch=7,
+    learning_rate=5e-5,  # the published 2e-5 at a batch of 7, times about the square root of 8
+    lora_learning_rate=2e-4,
+    weight_decay=1e-4,
+)
+
+
+def _with_language(preset: Preset, language: str) -> Preset:
+    return dataclasses.replace(preset, model=dataclasses.replace(preset.model, language=language))
+
+
 PRESETS: dict[str, Preset] = {
     "tiny": _TINY_PRESET,
-    "tiny-t5": dataclasses.replace(_TINY_PRESET, model=dataclasses.replace(_TINY, language="tiny/t5")),
+    "tiny-t5": _with_language(_TINY_PRESET, "tiny/t5"),
+    "biomedlm": _FULL_PRESET,
+    "biogpt": _with_language(_FULL_PRESET, "microsoft/biogpt"),
+    "biogpt-large": _with_language(_FULL_PRESET, "microsoft/BioGPT-Large"),
+    "flan-t5-xl": _with_language(_FULL_PRESET, "google/flan-t5-xl"),
 }
 """`tiny` and `tiny-t5` need no download: their towers are made from a seed on this machine (see towers.py)."""
 
@@ -112,9 +138,25 @@ class TrainConfig:
     deepspeed_config: str
     """DeepSpeed JSON: ZeRO stage, offload, precision, clipping, communication. See ds_configs/README.md."""
     preset: str = "tiny"
-    """Model and training settings to start from (tiny, tiny-t5)."""
+    """Model and training settings to start from (tiny, tiny-t5, biomedlm, biogpt, biogpt-large, flan-t5-xl)."""
     ehr: EhrTier = "demographics"
     """Fields of the record that the model may read; each tier holds the ones before it."""
+    lm: str | None = None
+    """Another language model than the preset's: a folder or hub id of any causal or encoder-decoder model."""
+    vision: str | None = None
+    """Vision tower: folder, fetched hub id, or eva_vit_g.pth. Without it: the preset's."""
+    qformer: str | None = None
+    """What the MedQFormer starts from: BLIP-2 with text branch, or BERT. Without it: the preset's."""
+    qformer_init: Literal["pretrained", "random"] | None = None
+    """Random: take only sizes and tokenizer from the MedQFormer's checkpoint. Without it: the preset's."""
+    patch_edge: int | None = None
+    """Edge of a cubic patch in voxels; must divide the volumes' edge. Without it: the preset's."""
+    patch_init: Literal["inflated", "random"] | None = None
+    """Start of the 3-D patch and position embeddings: from the 2-D ones, or random. Without it: the preset's."""
+    train_final_layernorm: bool | None = None
+    """Train the LayerNorm after the frozen vision blocks. Without it: the preset's."""
+    activation_checkpointing: bool | None = None
+    """Recompute the frozen blocks in the backward pass: slower, far less memory. Without it: the preset's."""
     lora: bool = True
     """Adapt the language model with LoRA, or leave it frozen."""
     steps: int | None = None
@@ -135,6 +177,10 @@ class TrainConfig:
     """Replaces every dropout rate of the trained parts (MedQFormer, LoRA); 0 makes layouts comparable."""
     contrastive: bool = True
     """Train the image-record and image-answer contrast beside the language loss."""
+    balance_classes: bool = False
+    """Weigh the language loss so that each diagnosis counts the same in total, however many scans it has."""
+    balance_subjects: bool = False
+    """Weigh the language loss so that each subject counts the same, however many scans it has."""
     augment: bool = True
     """Light augmentation on the device: left-right flip, shift, intensity."""
     record_dropout: float = 0.3
@@ -183,7 +229,12 @@ class TrainConfig:
 
     def model_config(self) -> ModelConfig:
         """The preset's model with this run's options applied."""
-        model = dataclasses.replace(PRESETS[self.preset].model, lora=self.lora)
+        parts = ("vision", "qformer", "qformer_init", "patch_edge", "patch_init")
+        parts += ("train_final_layernorm", "activation_checkpointing")
+        given = {part: getattr(self, part) for part in parts if getattr(self, part) is not None}
+        model = dataclasses.replace(PRESETS[self.preset].model, lora=self.lora, **given)
+        if self.lm is not None:
+            model = dataclasses.replace(model, language=self.lm)
         if self.dropout is not None:
             model = dataclasses.replace(model, qformer_dropout=self.dropout, lora_dropout=self.dropout)
         return model

@@ -85,6 +85,7 @@ class Batch:
     statement_ids_BT: Tensor
     is_statement_BT: Tensor
     statement_groups_BN: Tensor
+    weight_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ def to_device(
     if host.copied is not None:
         host.copied.record()
     words = {name: tensor.to(device, non_blocking=True) for name, tensor in host.words.items()}
-    return Batch(keys=[sample.key for sample in host.samples], volume_BXYZ=volume_BXYZ, **words)
+    weight_B = torch.tensor([sample.weight for sample in host.samples], device=device)
+    return Batch(keys=[s.key for s in host.samples], volume_BXYZ=volume_BXYZ, weight_B=weight_B, **words)
 
 
 def unpack(

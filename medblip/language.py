@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-LORA_TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "t5": ["q", "v"], "biogpt": ["q_proj", "v_proj"]}
-"""Linear layers that LoRA adapts, by model type; for any other model, all of them."""
+from medblip.words import MAX_ANSWER_TOKENS
 
 
 @dataclass(frozen=True)
@@ -24,38 +23,71 @@ class Prefix:
     is_read_BS: Tensor
 
 
+class QueryProjection(nn.Linear):
+    """Query width C to language width E, at a size at which the language model notices the queries.
+
+    Queries come out at about the size of words where words are large (T5, BioGPT), up to a factor of two. Where words
+    are smaller than a plain projection makes them (GPT-2, Llama) nothing is scaled down: the layer norm at the entrance
+    of each block takes the size away. A power of two, so that it is exact in every precision; worked out from the
+    frozen embedding at each start, never stored. A factor and not a larger initial weight, which Adam would soon undo.
+    """
+
+    def __init__(self, width: int, embedding: nn.Module):
+        super().__init__(width, embedding.embedding_dim)
+        some_ids = torch.arange(0, embedding.num_embeddings, 1 + embedding.num_embeddings // 1000)
+        with torch.no_grad():
+            # Called, not read: some embeddings scale what they hold.
+            words_NE = embedding(some_ids.to(embedding.weight.device)).float()
+            word_size = words_NE.square().mean(1).sqrt().median()
+            scale = (word_size * 3**0.5).clamp(min=1).log2().floor().exp2()
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, queries_BQC: Tensor) -> Tensor:
+        return super().forward(queries_BQC) * self.scale
+
+
 class Language(nn.Module):
     """A Hugging Face language model behind one interface: prefix, token log-likelihoods, generation."""
 
     def __init__(self, pretrained: nn.Module, query_width: int, lora: bool, rank: int, alpha: int, dropout: float):
         """
         Args:
-            pretrained: a causal or encoder-decoder model.
+            pretrained: a causal or encoder-decoder model. Its dropout and its habits of generation are taken from it.
             query_width: width of the query tokens.
-            lora: adapt with LoRA of this `rank`, `alpha` and `dropout`; else every weight stays frozen.
+            lora: adapt every linear layer of attention and MLP with LoRA of this `rank`, `alpha` and `dropout`;
+                else every weight stays frozen.
+
+        Raises:
+            ValueError: if an encoder-decoder does not say with which token its decoder starts.
         """
+        from transformers import GenerationConfig
+        from transformers.pytorch_utils import Conv1D
+
         super().__init__()
         self.is_encoder_decoder = bool(pretrained.config.is_encoder_decoder)
-        self.accepts_positions = "position_ids" in inspect.signature(pretrained.forward).parameters
-        width = pretrained.get_input_embeddings().embedding_dim
+        accepted = inspect.signature(pretrained.forward).parameters
+        self.accepts_positions, self.accepts_keep = "position_ids" in accepted, "logits_to_keep" in accepted
+        self.start_id = _decoder_start(pretrained) if self.is_encoder_decoder else None
+        # Greedy means the most likely token: published models come with repetition penalties, forced tokens and more.
+        pretrained.generation_config = GenerationConfig(decoder_start_token_id=self.start_id)
+        _without_dropout(pretrained)
         self.lm = pretrained.requires_grad_(False)
         if lora:
             from peft import LoraConfig, get_peft_model
 
-            kind = pretrained.config.model_type
             self.lm = get_peft_model(
                 pretrained,
                 LoraConfig(
                     r=rank,
                     lora_alpha=alpha,
                     lora_dropout=dropout,
-                    target_modules=LORA_TARGETS.get(kind, "all-linear"),
-                    fan_in_fan_out=kind == "gpt2",
+                    target_modules="all-linear",  # but the output layer
+                    fan_in_fan_out=any(isinstance(module, Conv1D) for module in pretrained.modules()),
                     task_type="SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM",
                 ),
                 autocast_adapter_dtype=False,  # one dtype in the model: ZeRO-3 cannot gather a mixture
             )
-        self.projection = nn.Linear(query_width, width)
+        self.projection = QueryProjection(query_width, pretrained.get_input_embeddings())
 
     def prefix(self, queries_BQC: Tensor, use_queries_B: Tensor, prompt_ids_BT: Tensor, is_prompt_BT: Tensor) -> Prefix:
         """[prompt, queries] with the padding where it cannot be felt; `prompt_ids_BT` must be padded on the left.
@@ -95,8 +127,7 @@ class Language(nn.Module):
         """
         prefix = self.prefix(queries_BQC, use_queries_B, prompt_ids_BT, is_prompt_BT)
         if self.is_encoder_decoder:
-            start = self.lm.config.decoder_start_token_id
-            shifted_BA = torch.cat([torch.full_like(answer_ids_BA[:, :1], start), answer_ids_BA[:, :-1]], dim=1)
+            shifted_BA = torch.cat([torch.full_like(answer_ids_BA[:, :1], self.start_id), answer_ids_BA[:, :-1]], dim=1)
             logits_BAV = self.lm(
                 inputs_embeds=prefix.embeddings_BSE,
                 attention_mask=prefix.is_read_BS.long(),
@@ -106,15 +137,15 @@ class Language(nn.Module):
         else:
             answer_BAE = self.lm.get_input_embeddings()(answer_ids_BA)
             mask = torch.cat([prefix.is_read_BS, is_answer_BA], dim=1).long()
-            positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self.accepts_positions else {}
-            num_answer = answer_ids_BA.shape[1]
+            num_scored = answer_ids_BA.shape[1] + 1
+            optional = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self.accepts_positions else {}
+            optional |= {"logits_to_keep": num_scored} if self.accepts_keep else {}
             logits_BAV = self.lm(
                 inputs_embeds=torch.cat([prefix.embeddings_BSE, answer_BAE], dim=1),
                 attention_mask=mask,
-                logits_to_keep=num_answer + 1,
                 use_cache=False,
-                **positions,
-            ).logits[:, :-1]
+                **optional,
+            ).logits[:, -num_scored:-1]
         logp_BA = logits_BAV.float().log_softmax(-1).gather(-1, answer_ids_BA[..., None])[..., 0]
         return logp_BA.masked_fill(~is_answer_BA, 0.0)
 
@@ -127,7 +158,7 @@ class Language(nn.Module):
         is_prompt_BT: Tensor,
         end_token_id: int,
         pad_token_id: int,
-        max_new_tokens: int = 48,
+        max_new_tokens: int = MAX_ANSWER_TOKENS,
     ) -> tuple[Tensor, Tensor]:
         """Greedy answers: token ids `B A`, padded on the right, and the log-likelihood of each, `B A`."""
         prefix = self.prefix(queries_BQC, use_queries_B, prompt_ids_BT, is_prompt_BT)
@@ -148,3 +179,21 @@ class Language(nn.Module):
         ended_BA = (answer_ids_BA == end_token_id).cumsum(1)
         is_answer_BA = (ended_BA == 0) | ((ended_BA == 1) & (answer_ids_BA == end_token_id))
         return answer_ids_BA.masked_fill(~is_answer_BA, pad_token_id), logp_BA.masked_fill(~is_answer_BA, 0.0)
+
+
+def _without_dropout(pretrained: nn.Module) -> None:
+    # Rates, not eval(): the library checkpoints activations of modules in training mode only.
+    for owner in (pretrained.config, *pretrained.modules()):
+        for name, value in vars(owner).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(owner, nn.Dropout))):
+                setattr(owner, name, 0.0)
+
+
+def _decoder_start(pretrained: nn.Module) -> int:
+    for config in (pretrained.config, pretrained.generation_config):
+        if getattr(config, "decoder_start_token_id", None) is not None:
+            return config.decoder_start_token_id
+    raise ValueError(
+        f"{pretrained.config.name_or_path}: set decoder_start_token_id in its config.json, the token that an answer's "
+        "decoder begins with"
+    )

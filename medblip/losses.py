@@ -1,14 +1,17 @@
-"""The two objectives as functions of tensors.
+"""The two objectives as functions of tensors, and the weights of samples.
 
 B samples of this rank, G samples of all ranks, Q queries, K contrastive width, A answer tokens.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
 from medblip.distributed import gather, world_size
+from medblip.shards import Sample
 
 
 def contrastive_loss(
@@ -62,13 +65,38 @@ def contrastive_loss(
     return loss
 
 
-def language_loss(logp_BA: Tensor, is_answer_BA: Tensor) -> Tensor:
+def language_loss(logp_BA: Tensor, is_answer_BA: Tensor, weight_B: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of the answers: mean over a sample's tokens, then over the samples that have one.
 
-    As in `contrastive_loss`, the mean over the ranks is the loss of the whole batch.
+    As in `contrastive_loss`, the mean over the ranks is the loss of the whole batch. Weights (see `balance`) multiply
+    the samples and are not divided out again: their mean over the data is 1, whatever a batch happens to hold.
     """
     num_tokens_B = is_answer_BA.sum(1)
     has_answer_B = num_tokens_B > 0
     num_answers = gather(has_answer_B.to(logp_BA.dtype).detach()).sum().clamp(min=1)
     per_sample_B = -logp_BA.sum(1) / num_tokens_B.clamp(min=1)
+    if weight_B is not None:
+        per_sample_B = per_sample_B * weight_B
     return (per_sample_B * has_answer_B).sum() * (world_size() / num_answers)
+
+
+def balance(samples: list[Sample], by_class: bool, by_subject: bool) -> list[Sample]:
+    """The samples with weights for the language loss, of mean 1; none is dropped or repeated.
+
+    By subject: one over the number of the subject's scans. By class: every diagnosis gets the same total weight, scans
+    without a diagnosis their own share. With both, the scans of a diagnosis share its total as their subjects do.
+    """
+    weights = [1.0] * len(samples)
+    if by_subject:
+        num_scans = Counter(sample.subject for sample in samples)
+        weights = [1.0 / num_scans[sample.subject] for sample in samples]
+    if by_class:
+        totals: Counter[str | None] = Counter()
+        for sample, weight in zip(samples, weights, strict=True):
+            totals[sample.diagnosis] += weight
+        labelled = [total for diagnosis, total in totals.items() if diagnosis is not None]
+        mean = sum(labelled) / max(1, len(labelled))
+        factors = {name: 1.0 if name is None else mean / total for name, total in totals.items()}
+        weights = [weight * factors[s.diagnosis] for s, weight in zip(samples, weights, strict=True)]
+    scale = len(samples) / sum(weights)
+    return [sample._replace(weight=weight * scale) for sample, weight in zip(samples, weights, strict=True)]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medblip import towers
+from medblip import pretrained, towers
 from medblip.config import ModelConfig
 from medblip.data import Batch
-from medblip.distributed import log
 from medblip.language import Language
 from medblip.losses import contrastive_loss, language_loss
 from medblip.qformer import MedQFormer
@@ -67,37 +66,22 @@ class MedBLIP(nn.Module):
         Raises:
             ValueError: if the parts do not fit together.
         """
-        from transformers import (
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForSeq2SeqLM,
-            Blip2QFormerModel,
-            Blip2VisionModel,
-        )
-
         super().__init__()
         vision, qformer, language = (
             towers.locate(source, bundled) for source in (config.vision, config.qformer, config.language)
         )
         attention = {name: resolve_attention(name, device) for name in ("vision", "qformer", "language")}
-        tower = _load(Blip2VisionModel, vision, dtype, attention["vision"])
-        self.vision = VisionTower(tower, grid_size, config.patch_edge, config.train_final_layernorm)
-        self.qformer = MedQFormer(
-            _load(
-                Blip2QFormerModel,
-                qformer,
-                torch.float32,  # all of it is trained
-                attention["qformer"],
-                hidden_dropout_prob=config.qformer_dropout,
-                attention_probs_dropout_prob=config.qformer_dropout,
-            ),
-            self.vision.width,
-            config.num_queries,
+        tower = pretrained.load_vision(vision, dtype, attention["vision"])
+        self.vision = VisionTower(
+            tower, grid_size, config.patch_edge, config.train_final_layernorm, config.patch_init == "inflated"
         )
+        transformer, beside = pretrained.load_qformer(
+            qformer, config.qformer_init == "random", self.vision.width, attention["qformer"], config.qformer_dropout
+        )
+        self.qformer = MedQFormer(transformer, self.vision.width, config.num_queries)
         self.contrast = Contrast(self.qformer.width, config.contrast_width)
-        is_seq2seq = AutoConfig.from_pretrained(language).is_encoder_decoder
-        kind = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
-        lm = _load(kind, language, dtype, attention["language"])
+        pretrained.place(self, beside, qformer)
+        lm = pretrained.load_language(language, dtype, attention["language"])
         self.language = Language(
             lm, self.qformer.width, config.lora, config.lora_rank, config.lora_alpha, config.lora_dropout
         )
@@ -117,7 +101,7 @@ class MedBLIP(nn.Module):
             batch.answer_ids_BA,
             batch.is_answer_BA,
         )
-        loss_lm = language_loss(logp_BA, batch.is_answer_BA)
+        loss_lm = language_loss(logp_BA, batch.is_answer_BA, batch.weight_B)
         if not contrastive:
             return {"loss": loss_lm, "loss_lm": loss_lm, "loss_itc": torch.zeros_like(loss_lm)}
         record_BC = self.qformer.read_text(batch.record_ids_BT, batch.is_record_BT)
@@ -169,28 +153,3 @@ def resolve_attention(part: str, device: torch.device) -> str:
         part != "qformer" and is_flash_attn_2_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     )
     return "flash_attention_2" if has_kernel else "sdpa"
-
-
-def _load(kind, source: str, dtype: torch.dtype, attention: str, **overrides):
-    """`from_pretrained`, strict: every weight the model expects must be in the checkpoint."""
-    if attention == "flash_attention_2" and not _supports_flash(kind, source):
-        attention = "sdpa"
-    model, info = kind.from_pretrained(
-        source, attn_implementation=attention, output_loading_info=True, dtype=dtype, **overrides
-    )
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:5])
-        raise ValueError(
-            f"{source}: {len(info['missing_keys'])} weights are missing from the checkpoint ({missing}, ...)"
-        )
-    log.info("%s: %s, %.1f M parameters, attention %s", source, kind.__name__, model.num_parameters() / 1e6, attention)
-    return model
-
-
-def _supports_flash(kind, source: str) -> bool:
-    from transformers import AutoConfig
-
-    model_class = (
-        kind if hasattr(kind, "_supports_flash_attn") else kind._model_mapping[type(AutoConfig.from_pretrained(source))]
-    )
-    return bool(model_class._supports_flash_attn)

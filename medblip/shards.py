@@ -35,6 +35,7 @@ class Sample(NamedTuple):
     subject: str
     diagnosis: str | None
     fingerprint: str = ""
+    weight: float = 1.0  # in the language loss; see losses.py
 
     @property
     def num_voxels(self) -> int:

@@ -1,7 +1,8 @@
 """Checkpoints of the three pretrained parts: found, made (tiny) and fingerprinted.
 
-A tower is a checkpoint folder or a hub id. The names `tiny/vision`, `tiny/qformer`, `tiny/gpt2` and `tiny/t5` stand
-for small towers that are made on this machine, once, from a seed and the wording of text.py, never from anybody's
+A tower is a checkpoint folder, LAVIS's eva_vit_g.pth, or a hub id that `medblip fetch` has brought into the cache:
+training itself never asks the network. The names `tiny/vision`, `tiny/qformer`, `tiny/gpt2` and `tiny/t5` stand for
+small towers that are made on this machine, once, from a seed and the wording of text.py, never from anybody's
 records: so that the whole way runs on a CPU without a download. They are kept under `MEDBLIP_HOME` (default
 `~/.cache/medblip`) in a folder named by the hash of their recipe, and are then read like any other checkpoint.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 import torch
 
 from medblip import text
-from medblip.config import unknown
+from medblip.config import PRESETS, unknown
 from medblip.distributed import locked, log, log_to_stderr
 
 TINY = {
@@ -58,19 +60,65 @@ def home() -> Path:
     return Path(os.environ.get("MEDBLIP_HOME", "~/.cache/medblip")).expanduser()
 
 
+def hub_cache() -> Path | None:
+    """The cache of hub checkpoints: `MEDBLIP_HOME/hub`, unless `HF_HOME` or `HF_HUB_CACHE` names one (then None)."""
+    named = {"HF_HOME", "HF_HUB_CACHE"} & os.environ.keys()
+    return home() / "hub" if "MEDBLIP_HOME" in os.environ and not named else None
+
+
 def locate(source: str, bundled: Path | None = None) -> str:
-    """Turns a tower's name into what `from_pretrained` reads, making a tiny tower where needed.
+    """Turns a tower's name into a folder or file on this machine, making a tiny tower where needed.
 
     Args:
-        source: a checkpoint folder, a hub id, or `tiny/NAME`.
+        source: a checkpoint folder or file, a hub id, or `tiny/NAME`.
         bundled: folder of an exported model that may hold the tower itself.
 
     Raises:
-        ValueError: for a tiny tower that does not exist.
+        ValueError: for a tiny tower that does not exist, and for a hub id that is not in the cache.
     """
     if bundled is not None and (bundled / "towers" / source).is_dir():
         return str(bundled / "towers" / source)
-    return str(make_tiny(source.removeprefix("tiny/"))) if source.startswith("tiny/") else source
+    if source.startswith("tiny/"):
+        return str(make_tiny(source.removeprefix("tiny/")))
+    if Path(source).expanduser().exists():
+        return str(Path(source).expanduser())
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(source, "config.json", cache_dir=hub_cache())
+    except HFValidationError:
+        raise ValueError(f"{source}: no such folder or file") from None
+    if not isinstance(config, str):
+        raise ValueError(
+            f"{source}: no such folder, and not in the cache {hub_cache() or constants.HF_HUB_CACHE}: "
+            f"where there is a network, run `{fetch_command(source)}` with the same MEDBLIP_HOME or HF_HOME"
+        )
+    return str(Path(config).parent)
+
+
+def fetch_command(source: str) -> str:
+    """What brings a hub checkpoint into the cache."""
+    for name, preset in PRESETS.items():
+        if source in (preset.model.vision, preset.model.qformer, preset.model.language):
+            return f"medblip fetch --preset {name}"
+    return f"medblip fetch --source {source}"
+
+
+def hub_id(located: str) -> tuple[str, str] | None:
+    """Hub id and commit of a checkpoint from the hub's cache; None for any other."""
+    found = re.search(r"models--([^/]+)/snapshots/([^/]+)/?$", located)
+    return (found[1].replace("--", "/"), found[2]) if found else None
+
+
+def describe(located: str) -> str:
+    """A checkpoint for people: `ID at COMMIT` from the hub, `PATH (folder)` or `PATH (file)`."""
+    return " at ".join(hub_id(located) or (f"{located} ({'folder' if Path(located).is_dir() else 'file'})",))
+
+
+def fetch_again(located: str) -> str:
+    """The end of an error about a checkpoint with files missing."""
+    return f": run `{fetch_command(hub_id(located)[0])}` again" if hub_id(located) else ""
 
 
 def make_tiny(name: str) -> Path:

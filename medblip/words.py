@@ -6,41 +6,64 @@ B samples, T tokens, A answer tokens, N group columns. Masks: True = a token tha
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from medblip.config import ModelConfig
-from medblip.text import Example, render_statement
+from medblip.text import DIAGNOSIS_ANSWERS, QUESTIONS, Example, render_prompt, render_statement
 from medblip.towers import locate
+
+MAX_ANSWER_TOKENS = 48
+"""Longest answer that is generated, and for which the language model's positions leave room."""
 
 
 class Words:
-    """Tokenises examples for the language model and for the MedQFormer's text branch."""
+    """Tokenises examples for the language model and for the MedQFormer's text branch.
+
+    What a language tokenizer puts in front of every text (Llama's `<s>`, OPT's and BioGPT's `</s>`) begins the prompt;
+    what it puts behind (T5's `</s>`) stands behind the answer alone. Without a padding token it pads with its end.
+
+    Raises:
+        ValueError: if the language tokenizer has no end token.
+    """
 
     def __init__(self, language_tokenizer, text_tokenizer, max_prompt_tokens: int, max_record_tokens: int):
+        if language_tokenizer.eos_token_id is None:
+            name = language_tokenizer.name_or_path
+            raise ValueError(
+                f"{name}: the tokenizer has no end token, by which an answer ends: name one as eos_token in its "
+                "tokenizer_config.json, one that the model was trained to end with"
+            )
         self.language = language_tokenizer
         self.text = text_tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.max_record_tokens = max_record_tokens
         self.end_id = language_tokenizer.eos_token_id
         self.pad_id = self.end_id if language_tokenizer.pad_token_id is None else language_tokenizer.pad_token_id
+        is_special = set(language_tokenizer.all_special_ids).__contains__
+        self.start_ids = list(itertools.takewhile(is_special, language_tokenizer("Answer:").input_ids))
+        self._lead_ids = self._language("Answer:")
 
     def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids `B T` and mask, padded on the left; too long a prompt loses its left part, the record's."""
-        ids = [
-            self.language(prompt, add_special_tokens=False).input_ids[-self.max_prompt_tokens :] for prompt in prompts
-        ]
-        return _pad(ids, self.pad_id, left=True)
+        room = self.max_prompt_tokens - len(self.start_ids)
+        return _pad([self.start_ids + self._language(prompt)[-room:] for prompt in prompts], self.pad_id, left=True)
 
     def answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids `B A` with the end token and mask, padded on the right; an empty answer has no tokens."""
-        ids = [
-            self.language(" " + answer, add_special_tokens=False).input_ids + [self.end_id] if answer else []
-            for answer in answers
-        ]
+        ids = [self._answer(answer) + [self.end_id] if answer else [] for answer in answers]
         return _pad(ids, self.pad_id, left=False)
+
+    def _answer(self, answer: str) -> list[int]:
+        # As it is written after a prompt: some tokenizers drop or double a space at the beginning of a text.
+        ids, num_lead = self._language(f"Answer: {answer}"), len(self._lead_ids)
+        return ids[num_lead:] if ids[:num_lead] == self._lead_ids else self._language(" " + answer)
+
+    def _language(self, text: str) -> list[int]:
+        return self.language(text, add_special_tokens=False).input_ids
 
     def texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids `B T` for the text branch and mask; an empty text has no tokens."""
@@ -91,8 +114,58 @@ def build_words(config: ModelConfig, bundled: Path | None = None) -> Words:
     Args:
         config: the model's parts.
         bundled: folder of an exported model that holds its own towers.
-    """
-    from transformers import AutoTokenizer
 
-    language, text = (AutoTokenizer.from_pretrained(locate(s, bundled)) for s in (config.language, config.qformer))
-    return Words(language, text, config.max_prompt_tokens, config.max_record_tokens)
+    Raises:
+        ValueError: if the language model is of a kind that cannot answer, its tokenizer does not fit or has no
+            words, or its positions have no room for a question, the queries and an answer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    sources = [locate(source, bundled) for source in (config.language, config.qformer)]
+    model = AutoConfig.from_pretrained(sources[0])
+    _check_answers(config.language, model)
+    language, text = (AutoTokenizer.from_pretrained(source) for source in sources)
+    words = Words(language, text, config.max_prompt_tokens, config.max_record_tokens)
+    for name, token in (("end", words.end_id), ("padding", words.pad_id)):
+        if token >= getattr(model, "vocab_size", token + 1):
+            raise ValueError(
+                f"{config.language}: the tokenizer's {name} token is {token}, the model has {model.vocab_size} tokens"
+            )
+    for answer in DIAGNOSIS_ANSWERS.values():
+        ids = words._answer(answer)
+        if not ids or language.unk_token_id in ids:
+            raise ValueError(
+                f"{config.language}: its tokenizer has no tokens for '{answer}'; are its files (tokenizer.json, or "
+                "vocab.json and merges.txt) beside the weights?"
+            )
+    num_question = max(
+        len(words.start_ids) + len(words._language(render_prompt("", phrase)))
+        for question in QUESTIONS.values()
+        for phrase in question.wordings
+    )
+    positions = getattr(model, "max_position_embeddings", None)
+    num_answer = 0 if model.is_encoder_decoder else MAX_ANSWER_TOKENS
+    if positions is not None:
+        words.max_prompt_tokens = min(config.max_prompt_tokens, positions - config.num_queries - num_answer)
+    if words.max_prompt_tokens < num_question:
+        raise ValueError(
+            f"{config.language}: the longest question takes {num_question} tokens, but a prompt may have "
+            f"{words.max_prompt_tokens} (max_prompt_tokens {config.max_prompt_tokens}; the model has "
+            f"{positions or 'any number of'} positions, of which {config.num_queries} go to the queries and "
+            f"{num_answer} to the answer)"
+        )
+    return words
+
+
+def _check_answers(source: str, model) -> None:
+    """Refuses what AutoModelForCausalLM would load without a word, and what it would refuse with two hundred."""
+    from transformers.models.auto import modeling_auto
+
+    kinds = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES | modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    (written, *_) = model.architectures or [kinds.get(model.model_type)]
+    if any(name.endswith("_config") for name in model.sub_configs):
+        raise ValueError(f"{source}: {model.model_type} reads more than text; give a language model of its own")
+    if written not in kinds.values():
+        raise ValueError(
+            f"{source}: its config.json says {written}, which is neither a causal nor an encoder-decoder language model"
+        )

@@ -445,4 +445,5 @@ def test_a_sample_of_the_index_is_what_the_shard_says(shards):
             **{name: by_key[found.key][name] for name in ("key", "cohort", "subject", "diagnosis", "fingerprint")},
             **{name: tuple(by_key[found.key][name]) for name in ("volume", "record", "shape", "pad_before")},
             "shard": None,
+            "weight": 1.0,
         }

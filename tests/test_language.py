@@ -8,19 +8,47 @@ import torch
 import transformers as hf
 from tiny import PRESETS, tiny_model, tiny_words, wake_lora
 
-from medblip.language import LORA_TARGETS, Language
+from medblip.language import Language, QueryProjection
+from medblip.pretrained import load_language
 
 KINDS = [(preset, lora) for preset in PRESETS for lora in (False, True)]
 SMALL = dict(vocab_size=80, pad_token_id=1, bos_token_id=0, eos_token_id=2)
-OTHERS = {
-    "biogpt": lambda: hf.BioGptForCausalLM(
-        hf.BioGptConfig(**SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+BLOCKS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+PUBLISHED = {
+    "biomedlm": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=2, scale_attn_by_inverse_layer_idx=True)
     ),
-    "llama": lambda: hf.LlamaForCausalLM(
-        hf.LlamaConfig(**SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    "biomedlm-upcast": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=2, reorder_and_upcast_attn=True)
     ),
+    "biogpt": lambda: hf.BioGptForCausalLM(hf.BioGptConfig(**SMALL, **BLOCKS, scale_embedding=True)),
+    "flan-t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            vocab_size=80,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            n_positions=512,
+            pad_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+    ),
+}
+"""The presets' language models with all that their published configs switch on, dropout of 0.1 too; small, random."""
+OTHERS = PUBLISHED | {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, **BLOCKS, num_key_value_heads=1)),
+    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**SMALL, **BLOCKS, resid_pdrop=0.1, partial_rotary_factor=0.5)),
     "opt": lambda: hf.OPTForCausalLM(
-        hf.OPTConfig(**SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64)
+        hf.OPTConfig(**SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, layerdrop=0.3)
+    ),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**SMALL, hidden_size=32, n_layer=2, n_head=2)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**SMALL, **BLOCKS, num_key_value_heads=1, head_dim=16, final_logit_softcapping=3.0)
     ),
     "bart": lambda: hf.BartForConditionalGeneration(
         hf.BartConfig(
@@ -34,10 +62,26 @@ OTHERS = {
             decoder_ffn_dim=64,
             decoder_start_token_id=2,
             forced_eos_token_id=None,
+            encoder_layerdrop=0.3,
         )
     ),
 }
 """Random models of other families: any of them must work as the presets' do."""
+LORA_LAYERS = {
+    "tiny": {"c_attn", "c_proj", "c_fc"},
+    "tiny-t5": {"q", "k", "v", "o", "wi_0", "wi_1", "wo"},
+    "biomedlm": {"c_attn", "c_proj", "c_fc"},
+    "biomedlm-upcast": {"c_attn", "c_proj", "c_fc"},
+    "biogpt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    "flan-t5": {"q", "k", "v", "o", "wi_0", "wi_1", "wo"},
+    "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "phi": {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
+    "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "gemma2": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "bart": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+}
+"""Every linear layer of attention and MLP; never the output layer."""
 
 PROMPT_IDS = torch.tensor([[1, 1, 11, 12, 13], [21, 22, 23, 24, 25]])
 IS_PROMPT = torch.tensor([[False, False, True, True, True], [True] * 5])
@@ -55,7 +99,12 @@ def _built(kind: str, lora: bool) -> Language:
     else:
         pretrained = OTHERS[kind]()
         for parameter in pretrained.parameters():  # otherwise every token is about as likely as every other
-            parameter.data.mul_(6)
+            if parameter.dim() > 1:
+                parameter.data.mul_(6 if parameter.std() < 0.05 else 1)
+        # What published checkpoints bring: greedy must mean greedy.
+        pretrained.generation_config.update(
+            repetition_penalty=3.0, no_repeat_ngram_size=2, min_new_tokens=3, num_beams=2
+        )
     language = Language(pretrained.eval(), WIDTH, lora, rank=4, alpha=8, dropout=0.1).eval()
     torch.nn.init.normal_(language.projection.weight)
     wake_lora(language)
@@ -139,7 +188,7 @@ def test_training_scores_a_generated_answer_as_generation_did(kind, lora):
         is_answer = torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]
         trained = language(queries, use_queries, PROMPT_IDS, IS_PROMPT, ids, is_answer)
         assert torch.allclose(trained, generated, atol=1e-4)
-        assert (generated[is_answer] < 0).all()
+        assert (generated[is_answer] <= 0).all() and generated.any()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -217,12 +266,7 @@ def test_lora_adapts_its_targets_in_every_block_and_nothing_else_is_trained(kind
     language = build(kind, True)
     trained = [name for name, parameter in language.lm.named_parameters() if parameter.requires_grad]
     assert trained and all("lora_A" in name or "lora_B" in name for name in trained)
-    config = base(language).config
-    adapted = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained}
-    if config.model_type in LORA_TARGETS:
-        assert adapted == set(LORA_TARGETS[config.model_type])
-    else:
-        assert len(adapted) >= 4
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained} == LORA_LAYERS[kind]
     blocks = {name.split(".lora_")[0].rsplit(".", 1)[0] for name in trained}
     assert len(blocks) >= 2
 
@@ -242,3 +286,81 @@ def test_the_answer_teaches_the_queries_through_the_frozen_language_model(preset
     assert queries.grad[0].abs().amax(-1).min() > 0
     assert not queries.grad[1].any()
     assert all(parameter.grad is None for parameter in language.lm.parameters())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_an_answer_is_as_likely_as_the_published_model_says(kind, lora, tmp_path):
+    """Saved as published, loaded by us, in training mode: the source model's own loss on the same ids."""
+    torch.manual_seed(1)
+    PUBLISHED[kind]().save_pretrained(tmp_path)
+    source = (hf.AutoModelForSeq2SeqLM if kind == "flan-t5" else hf.AutoModelForCausalLM).from_pretrained(tmp_path)
+    prompt, answer = [11, 12, 13, 14, 15, 16], [31, 32, 33, 2]
+    if kind == "flan-t5":
+        expected = source(input_ids=torch.tensor([prompt]), labels=torch.tensor([answer])).loss
+    else:
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        expected = source(input_ids=torch.tensor([prompt + answer]), labels=labels).loss
+    pretrained = load_language(str(tmp_path), torch.float32, "eager")
+    language = Language(pretrained, WIDTH, lora, rank=4, alpha=8, dropout=0.0).train()
+    ids, answers = torch.tensor([prompt]), torch.tensor([answer])
+    given = (ids, torch.ones_like(ids, dtype=torch.bool), answers, torch.ones_like(answers, dtype=torch.bool))
+    logp = language(some_queries(2)[:1], torch.tensor([False]), *given)
+    assert abs(expected + logp.mean()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [*PRESETS, *OTHERS])
+def test_generation_is_a_greedy_loop_whatever_habits_the_checkpoint_came_with(kind):
+    language, queries = build(kind, False), some_queries(2)[1:]
+    image = language.projection(queries[0])
+    prefix_SE = torch.cat([language.lm.get_input_embeddings()(PROMPT_IDS[1]), image])
+    answer: list[int] = []
+    for _ in range(6):
+        lm = language.lm
+        if language.is_encoder_decoder:
+            decoder_ids = torch.tensor([[language.start_id, *answer]])
+            logits_V = lm(inputs_embeds=prefix_SE[None], decoder_input_ids=decoder_ids).logits[0, -1]
+        else:
+            answer_AE = lm.get_input_embeddings()(torch.tensor(answer, dtype=torch.long))
+            logits_V = lm(inputs_embeds=torch.cat([prefix_SE, answer_AE])[None]).logits[0, -1]
+        answer.append(int(logits_V.argmax()))
+        if answer[-1] == 2:
+            break
+    ids, _ = language.generate(queries, WITH_QUERIES[1:], PROMPT_IDS[1:], IS_PROMPT[1:], 2, 1, max_new_tokens=6)
+    assert ids[0].tolist() == answer
+
+
+@pytest.mark.parametrize("kind", [*PRESETS, *OTHERS])
+def test_a_frozen_model_has_no_dropout_although_it_is_in_training_mode(kind):
+    language, queries = build(kind, False), some_queries(2)
+    given = (queries, WITH_QUERIES, PROMPT_IDS, IS_PROMPT, ANSWER_IDS, IS_ANSWER)
+    expected = language.eval()(*given)
+    language.train()
+    assert base(language).training
+    for _ in range(3):
+        assert torch.equal(language(*given), expected)
+
+
+def test_queries_are_as_large_as_large_words_and_never_made_smaller():
+    queries, found = torch.randn(500, 64), {}
+    for size in (0.02, 0.5, 1.2, 9.0):
+        embedding = torch.nn.Embedding(3000, 48)
+        torch.nn.init.normal_(embedding.weight, std=size)
+        projection = QueryProjection(64, embedding)
+        found[size] = projection(queries).std().item()
+        assert torch.equal(projection.scale.bfloat16().float(), projection.scale)  # one model in every precision
+        assert set(projection.state_dict()) == {"weight", "bias"}
+    assert found[0.02] == pytest.approx(found[0.5], rel=0.1) and found[0.5] == pytest.approx(3**-0.5, rel=0.1)
+    assert 0.45 < found[1.2] / 1.2 < 1.1 and 0.45 < found[9.0] / 9.0 < 1.1
+    scaled = hf.models.biogpt.modeling_biogpt.BioGptScaledWordEmbedding(3000, 48, 1, embed_scale=32.0)
+    torch.nn.init.normal_(scaled.weight, std=0.1)
+    assert QueryProjection(64, scaled).scale == 4  # words are 3.2 large once they are looked up
+    with torch.device("meta"):
+        assert QueryProjection(64, torch.nn.Embedding(3000, 48)).scale.is_meta
+
+
+def test_an_encoder_decoder_without_a_start_for_its_answers_is_refused():
+    pretrained = OTHERS["bart"]()
+    pretrained.config.decoder_start_token_id = pretrained.generation_config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="set decoder_start_token_id"):
+        Language(pretrained, WIDTH, False, 4, 8, 0.0)

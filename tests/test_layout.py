@@ -18,7 +18,7 @@ LAYERS = [
     ["image", "remote"],
     ["volume", "cache"],
     ["towers"],
-    ["words"],
+    ["words", "pretrained"],
     ["shards"],
     ["data", "vision", "qformer", "language", "losses"],
     ["model"],

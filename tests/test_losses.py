@@ -1,10 +1,15 @@
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from tiny import GRID, make_batch, tiny_model, tiny_words
 
-from medblip.losses import contrastive_loss, language_loss
+from medblip import losses
+from medblip.data import HostBatch, to_device
+from medblip.losses import balance, contrastive_loss, language_loss
+from medblip.shards import Sample
 
 
 def wave(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -171,3 +176,141 @@ def test_a_batch_without_answers_costs_zero_and_not_nan():
     loss = language_loss(logp, torch.zeros(3, 1, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0 and not logp.grad.any()
+
+
+def test_the_contrasts_gradient_equals_that_of_the_naive_loop():
+    """By central differences in float64: image, text and temperature."""
+    draw = torch.Generator().manual_seed(9)
+    image, text = torch.randn(5, 3, 6, generator=draw), torch.randn(5, 6, generator=draw)
+    groups = torch.tensor([[1, 20], [1, 21], [2, 20], [3, 22], [4, 23]])
+    valid = torch.tensor([True, True, True, True, False])
+    leaves = [leaf.clone().requires_grad_() for leaf in (image, text, torch.tensor([0.2]))]
+    contrastive_loss(leaves[0], leaves[1], groups, valid, leaves[2]).backward()
+
+    def slope(which: int, place: int) -> float:
+        ends = []
+        for step in (1e-5, -1e-5):
+            moved = [leaf.detach().double().clone() for leaf in leaves]
+            moved[which].view(-1)[place] += step
+            ends.append(naive_contrast(moved[0], moved[1], groups, valid, float(moved[2])))
+        return (ends[0] - ends[1]) / 2e-5
+
+    for which, places in ((0, range(0, 90, 7)), (1, range(0, 30, 4)), (2, [0])):
+        gradient = leaves[which].grad.flatten()
+        assert gradient.any()
+        for place in places:
+            assert gradient[place].item() == pytest.approx(slope(which, place), rel=1e-3, abs=1e-5)
+
+
+def test_the_contrasts_memory_grows_with_the_ranks_and_not_with_their_square(monkeypatch):
+    """What one rank keeps for its backward pass, with 3 samples on each of 4, 8 and 16 ranks."""
+    kept_bytes = {}
+    for ranks in (4, 8, 16):
+        monkeypatch.setattr(losses, "gather", lambda tensor, ranks=ranks: torch.cat([tensor] * ranks))
+        monkeypatch.setattr(losses, "world_size", lambda ranks=ranks: ranks)
+        kept = []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor)
+            return tensor
+
+        draw = torch.Generator().manual_seed(10)
+        image = torch.randn(3, 32, 16, generator=draw).requires_grad_()
+        text = torch.randn(3, 16, generator=draw).requires_grad_()
+        groups, valid = torch.arange(3)[:, None], torch.ones(3, dtype=torch.bool)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            contrastive_loss(image, text, groups, valid, torch.tensor([0.07], requires_grad=True))
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+        kept_bytes[ranks] = sum(storages.values())
+    growth = kept_bytes[8] - kept_bytes[4]
+    assert growth > 0
+    assert (kept_bytes[16] - kept_bytes[8]) / growth == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize("weights", [[2.0, 1.0, 0.25, 0.5, 1.25], [1.0] * 5])
+def test_weighted_language_loss_equals_a_naive_loop(weights):
+    draw = torch.Generator().manual_seed(6)
+    lengths = [3, 0, 1, 7, 2]
+    is_answer = torch.tensor([[place < length for place in range(7)] for length in lengths])
+    logp = (-torch.rand(5, 7, generator=draw, dtype=torch.float64)).masked_fill(~is_answer, 0.0)
+    samples = [
+        weight * sum(-logp[row, place].item() for place in range(length)) / length
+        for row, (length, weight) in enumerate(zip(lengths, weights, strict=True))
+        if length
+    ]
+    loss = language_loss(logp, is_answer, torch.tensor(weights))
+    assert loss.item() == pytest.approx(sum(samples) / 4, rel=1e-12)
+    if weights == [1.0] * 5:
+        assert torch.equal(loss, language_loss(logp, is_answer))
+
+
+def sample(subject: str, diagnosis: str | None) -> Sample:
+    return Sample("k", 0, (0, 0), (0, 0), (1, 1, 1), (0, 0, 0), "C", subject, diagnosis)
+
+
+SAMPLES = [
+    *[sample("a", "CN")] * 4,
+    sample("b", "CN"),
+    *[sample("c", "AD")] * 2,
+    sample("d", None),
+    *[sample("e", "MCI"), sample("e", "AD")],  # converted
+    *[sample("f", None)] * 2,
+]
+
+
+def totals(samples: list[Sample], field: str) -> dict:
+    found: dict = {}
+    for one in samples:
+        found[getattr(one, field)] = found.get(getattr(one, field), 0) + one.weight
+    return found
+
+
+@pytest.mark.parametrize(("by_class", "by_subject"), [(True, False), (False, True), (True, True)])
+def test_weights_have_mean_one_and_depend_on_no_order(by_class, by_subject):
+    weighted = balance(SAMPLES, by_class, by_subject)
+    assert [one._replace(weight=1.0) for one in weighted] == SAMPLES  # each once, in place
+    assert sum(one.weight for one in weighted) == pytest.approx(len(SAMPLES), rel=1e-12)
+    backwards = balance(SAMPLES[::-1], by_class, by_subject)[::-1]
+    assert [one.weight for one in backwards] == pytest.approx([one.weight for one in weighted], rel=1e-12)
+
+
+def test_without_balance_every_weight_is_exactly_one():
+    many = SAMPLES * 997
+    assert balance(many, False, False) == many
+    assert {one.weight for one in many} == {1.0}
+
+
+def test_every_diagnosis_counts_the_same_and_scans_without_one_as_before():
+    found = totals(balance(SAMPLES, True, False), "diagnosis")
+    assert found == {name: pytest.approx(3) for name in ("CN", "AD", "MCI", None)}
+
+
+def test_every_subject_counts_the_same():
+    found = totals(balance(SAMPLES, False, True), "subject")
+    assert found == {name: pytest.approx(2) for name in "abcdef"}
+
+
+def test_with_both_a_diagnosis_counts_the_same_and_its_subjects_share_it():
+    weighted = balance(SAMPLES, True, True)
+    found = totals(weighted, "diagnosis")
+    assert found["CN"] == pytest.approx(found["AD"]) and found["CN"] == pytest.approx(found["MCI"])
+    assert weighted[0].weight * 4 == pytest.approx(weighted[4].weight)  # a's four scans weigh as b's one
+
+
+def test_a_split_without_any_diagnosis_can_be_balanced():
+    unlabelled = [sample("a", None), sample("b", None)]
+    assert balance(unlabelled, True, True) == unlabelled
+
+
+def test_a_weight_reaches_the_language_loss_and_no_other():
+    model, batch = tiny_model("tiny"), make_batch(tiny_words("tiny"), 0, 3)
+    weighted = [sample("a", None)._replace(weight=weight) for weight in (3.0, 0.5, 0.0)]
+    host = HostBatch(weighted, [0] * 3, [], torch.zeros(3, dtype=torch.uint8), {}, None)
+    names = [name for name in vars(batch) if name not in ("keys", "volume_BXYZ", "weight_B")]
+    host.words.update({name: getattr(batch, name) for name in names})
+    sent = to_device(host, GRID, torch.device("cpu"), torch.float32, None)
+    assert sent.weight_B.tolist() == [3.0, 0.5, 0.0]
+    found, plain = (model(dataclasses.replace(batch, weight_B=w)) for w in (sent.weight_B, None))
+    alone = [model(make_batch(tiny_words("tiny"), row, row + 1))["loss_lm"] for row in range(3)]
+    assert found["loss_lm"].item() == pytest.approx((3 * alone[0] + 0.5 * alone[1]).item() / 3, rel=1e-4)
+    assert found["loss_itc"] == plain["loss_itc"]

@@ -81,7 +81,7 @@ def test_a_language_tokenizer_without_padding_token_pads_with_its_end():
     tokenizer = tiny_words("tiny").language
 
     class WithoutPadding:  # GPT-2 and BioMedLM have none
-        eos_token_id, pad_token_id = tokenizer.eos_token_id, None
+        eos_token_id, pad_token_id, all_special_ids = tokenizer.eos_token_id, None, [tokenizer.eos_token_id]
 
         def __call__(self, *args, **kwargs):
             return tokenizer(*args, **kwargs)
