@@ -12,8 +12,8 @@ recipe `reference`, so that all give the same grid. The scans are made-up patien
 
     python bench/loader.py [--volumes 12] [--rounds 5] [--json loader.json]
 
-mosaicml-streaming does not go with our numpy and transformers. For its rows make an environment beside ours (and give it a
-torchvision that fits this torch, or an empty one: only its image data sets use it):
+mosaicml-streaming does not go with our numpy and transformers. For its rows make an environment beside ours (and give
+it a torchvision that fits this torch, or an empty one: only its image data sets use it):
 
     python -m venv /tmp/streaming
     echo "$PWD/.venv/lib/python3.11/site-packages" > /tmp/streaming/lib/python3.11/site-packages/ours.pth

@@ -29,8 +29,8 @@ from sharding.people import Exam, Volunteer, draw_volunteers
 
 EXAMS = 3
 UDS_ROWS, UDS_COLUMNS = 206_000, 1_500
-# The ids of these releases have so many digits that more people would not fit.
-MOST_PEOPLE = {"oasis1": 9_999, "oasis2": 9_999, "miriad": 9_000, "bids": 9_999, "oasis3": 9_999, "adni": 9_999}
+# More people would not fit into the ids of these releases.
+MOST_PEOPLE = {"oasis1": 9_999, "oasis2": 9_999, "bids": 9_999, "oasis3": 9_999, "adni": 9_999}
 
 
 @dataclass(frozen=True, kw_only=True)
