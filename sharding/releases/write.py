@@ -145,4 +145,3 @@ def main() -> None:
     except (ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(map(str, folders)))
-
