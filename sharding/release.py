@@ -8,7 +8,6 @@ import csv
 import datetime
 import io
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from sharding.manifest import COLUMNS_IN_ORDER
-from sharding.tables import Row
+from sharding.tables import Row, walk
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +153,7 @@ def files_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     from tqdm import tqdm
 
     with tqdm(desc="folders", unit="", disable=None) as progress:  # only on a terminal
-        for parent, folders, names in os.walk(folder):
+        for parent, folders, names in walk(folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             progress.update()
             yield Path(parent), sorted(name for name in names if not name.startswith("."))

@@ -212,8 +212,20 @@ def find_table(
     return None
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As os.walk, into linked folders as well, which clusters are full of; a folder that was met before is left out."""
+    met = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in met:
+            folders.clear()
+            continue
+        met.add((status.st_dev, status.st_ino))
+        yield parent, folders, names
+
+
 def _files_below(folder: Path) -> list[tuple[str, Path]]:
-    return [(name, Path(parent, name)) for parent, _, names in os.walk(folder) for name in names]
+    return [(name, Path(parent, name)) for parent, _, names in walk(folder) for name in names]
 
 
 def read_table(

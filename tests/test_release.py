@@ -8,6 +8,7 @@ from sharding.release import (
     Person,
     Release,
     Visit,
+    files_below,
     nearest,
     one_per,
     one_row_per_subject,
@@ -92,3 +93,13 @@ def test_files_hold_every_scan_once_and_the_summary_adds_up(tmp_path):
     (gone,) = csv.DictReader(dropped.open(newline=""))
     assert dropped.name == "m.dropped.csv" and gone["image"] == "/data/I2.nii" and gone["reason"] == "not a T1"
     assert "2 scans found = 1 kept + 1 dropped" in summary(release)
+
+
+def test_linked_folders_are_searched_and_a_link_back_does_no_harm(tmp_path):
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "disk/deep/a.nii").touch()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/ADNI").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/deep/back").symlink_to(tmp_path / "images")
+    found = [folder / name for folder, names in files_below(tmp_path / "images") for name in names]
+    assert found == [tmp_path / "images/ADNI/deep/a.nii"]

@@ -31,7 +31,7 @@ from pathlib import Path
 from sharding.cohorts.oasis1 import Cdr05, diagnose_cdr
 from sharding.manifest import COHORTS
 from sharding.release import FoundScan, Person, Release, ReleaseOptions, Visit, drop_copies, files_below, one_per
-from sharding.tables import Entry, Row, index_rows, read_table
+from sharding.tables import Entry, Row, index_rows, read_table, walk
 
 MISSING = ("n/a", "N/A", "NaN", "nan")
 DIAGNOSIS = {"CN": "CN", "MCI": "MCI", "AD": "AD", "Dementia": "AD"}
@@ -99,7 +99,7 @@ def read(options: Options) -> Release:
 def _root(images: Path) -> Path:
     """The folder that has the sub-... folders."""
     roots = []
-    for parent, folders, _ in os.walk(images):
+    for parent, folders, _ in walk(images):
         if any(name.startswith("sub-") for name in folders):
             roots.append(Path(parent))
             folders.clear()

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sharding.cohorts import nacc_zips
 from sharding.cohorts.nacc_tables import SUBJECT
+from sharding.tables import walk
 
 SESSION = re.compile(r"mri\d+(?:ni)?|NACC\d{6}_.+", re.IGNORECASE)  # NACCMRFI, without .zip
 SCAN_LEAF = re.compile(
@@ -89,7 +90,7 @@ class T1Rule:
 def find_places(images: Path, unpacked: Path) -> Iterator[Place]:
     """Walks the folder once; `unpacked`, which an earlier run wrote, is left out."""
     unpacked = unpacked.absolute()
-    for parent, folders, files in os.walk(images):
+    for parent, folders, files in walk(images):
         folders[:] = sorted(name for name in folders if Path(parent, name).absolute() != unpacked)
         for name in [name for name in folders if _is_session(Path(parent, name))]:
             folders.remove(name)
@@ -111,7 +112,7 @@ def _is_session(folder: Path) -> bool:
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in walk(folder):
         for name in names:
             yield os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
 
