@@ -29,7 +29,7 @@ from typing import Annotated
 import tyro
 
 from sharding.leakage import leakage_table
-from sharding.manifest import Scan, read_scans
+from sharding.manifest import Scan, names_in, read_scans
 from sharding.shard import sha256_of, write_whole
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,7 @@ class Finding:
 
 def audit(options: Options) -> dict:
     """All findings: `{"findings": [{kind, what, severe}], "classes": …, "leakage": [rows of leakage.py]}`."""
-    test_cohorts = tuple(name.strip() for name in options.test_cohorts.split(",") if name.strip())
-    scans, faults = read_scans(options.manifest, test_cohorts=test_cohorts)
+    scans, faults = read_scans(options.manifest, test_cohorts=names_in(options.test_cohorts))
     findings = [Finding("the manifest is refused as it is", fault) for fault in faults]
     for group in _by_subject(scans).values():
         findings += _two_splits(group) + _contradictions(group)

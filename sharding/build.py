@@ -15,9 +15,7 @@ Examples:
     python -m sharding.build --manifest manifest.csv --out theirs/ --split-file their-split.csv
 """
 
-import csv
 import dataclasses
-import io
 import json
 import logging
 import os
@@ -32,7 +30,7 @@ from typing import Literal
 
 from sharding import split
 from sharding.locks import Busy, Locks
-from sharding.manifest import Scan, read_manifest
+from sharding.manifest import Scan, names_in, read_manifest
 from sharding.shard import (
     Packing,
     Shard,
@@ -41,6 +39,7 @@ from sharding.shard import (
     read_part,
     remove_leftovers,
     sha256_of,
+    to_csv,
     to_json,
     write_whole,
 )
@@ -102,7 +101,7 @@ def build(options: Options) -> int:
         OSError: `out` cannot be written.
     """
     part, num_parts = _part(options)
-    test_cohorts = tuple(name.strip() for name in options.test_cohorts.split(",") if name.strip())
+    test_cohorts = names_in(options.test_cohorts)
     scans = read_manifest(options.manifest, test_cohorts=test_cohorts)
     _check_keys(options.manifest, scans)
     missing = None
@@ -287,8 +286,8 @@ def _write_tables(out: Path, scans: list[Scan], shards: list[Shard], plan: dict,
     ]
     columns = ["scan", "stage", "reason", "file"]
     rejected_rows = [[rejected[scan.scan_id][name] for name in columns] for scan in scans if scan.scan_id in rejected]
-    write_whole(out / "split.csv", _csv(list(split.COLUMNS), packed_rows))
-    write_whole(out / "rejected.csv", _csv(columns, rejected_rows))
+    write_whole(out / "split.csv", to_csv(split.COLUMNS, packed_rows))
+    write_whole(out / "rejected.csv", to_csv(columns, rejected_rows))
     index = {
         "format": 1,
         "recipe": plan["recipe"],
@@ -324,12 +323,6 @@ def _check_parts(out: Path, shards: list[Shard], parts: list[dict]) -> tuple[dic
         images |= part["images"]
         rejected |= aside
     return images, rejected
-
-
-def _csv(header: list[str], rows: list[list]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().encode()
 
 
 def _judge(options: Options, packed_rows: list, rejected_rows: list) -> int:

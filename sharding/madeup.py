@@ -29,10 +29,8 @@ from typing import Literal
 
 import numpy as np
 
-COLUMNS = (
-    "scan_id cohort subject_id session_id image diagnosis diagnosis_source diagnosis_gap_days age_years sex "
-    "education_years apoe_e4 mmse moca cdr_global cdr_sb field_strength_t acquired split report"
-).split()
+from sharding.manifest import COLUMNS
+
 DIAGNOSES = ("CN", "MCI", "AD")
 ORIENTATIONS = ("RAS", "LAS", "LPS", "PIR", "ASR", "RPI", "SAL", "PSL")
 # The scanner's box, wide enough for the largest head in the most tilted pose.

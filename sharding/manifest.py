@@ -30,7 +30,10 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-TEXT_COLUMNS = ("scan_id", "cohort", "subject_id", "session_id", "image", "diagnosis_source", "acquired", "report")
+COLUMNS = tuple(
+    "scan_id cohort subject_id session_id image diagnosis diagnosis_source diagnosis_gap_days age_years sex "
+    "education_years apoe_e4 mmse moca cdr_global cdr_sb field_strength_t acquired split report".split()
+)
 NUMBER_FIELDS = (
     "age_years",
     "education_years",
@@ -42,12 +45,6 @@ NUMBER_FIELDS = (
     "field_strength_t",
 )
 ALLOWED = {"diagnosis": ("CN", "MCI", "AD"), "sex": ("F", "M"), "split": ("train", "val", "test")}
-COLUMNS = (*TEXT_COLUMNS, *NUMBER_FIELDS, "diagnosis_gap_days", *ALLOWED)
-COLUMNS_IN_ORDER = (
-    "scan_id cohort subject_id session_id image diagnosis diagnosis_source diagnosis_gap_days age_years sex "
-    "education_years apoe_e4 mmse moca cdr_global cdr_sb field_strength_t acquired split report"
-).split()
-assert set(COLUMNS_IN_ORDER) == set(COLUMNS)
 COHORTS = ("ADNI", "NACC", "OASIS1", "OASIS2", "OASIS3", "AIBL", "MIRIAD")
 MIN_SUBJECTS_TO_SPLIT = 20
 MAX_SHOWN = 20
@@ -105,10 +102,26 @@ def read_manifest(path: str | Path, *, test_cohorts: tuple[str, ...] = ("AIBL", 
         ValueError: naming the file and each row, column and value that is wrong, and what would be right.
     """
     scans, faults = read_scans(path, test_cohorts=test_cohorts)
+    refuse(f"{path}: {len(faults)} faults", faults)
+    return scans
+
+
+def refuse(summary: str, faults: list[str]) -> None:
+    """Raises ValueError with the summary and the first of the faults below it, if there are any."""
     if faults:
         more = [f"... and {len(faults) - MAX_SHOWN} more"] if len(faults) > MAX_SHOWN else []
-        raise ValueError(f"{path}: {len(faults)} faults\n  " + "\n  ".join(faults[:MAX_SHOWN] + more))
-    return scans
+        raise ValueError(f"{summary}\n  " + "\n  ".join(faults[:MAX_SHOWN] + more))
+
+
+def names_in(option: str) -> tuple[str, ...]:
+    """The names of an option such as `--test-cohorts`, separated by commas."""
+    return tuple(name.strip() for name in option.split(",") if name.strip())
+
+
+def image_cell(image: Path, folder: Path) -> str:
+    """How a manifest in `folder` names an image: relative to it if it lies below, else absolute."""
+    image, folder = Path(os.path.abspath(image)), Path(os.path.abspath(folder))
+    return str(image.relative_to(folder)) if image.is_relative_to(folder) else str(image)
 
 
 def read_scans(path: str | Path, *, test_cohorts: tuple[str, ...] = ("AIBL", "MIRIAD")) -> tuple[list[Scan], list[str]]:
@@ -311,8 +324,8 @@ def main() -> None:
             )
         if options.one_scan_per == "subject":
             one_row_per_subject(release)
-        test_cohorts = tuple(name.strip() for name in options.test_cohorts.split(",") if name.strip())
-        splits = splits_of(((row["cohort"], row["subject_id"]) for row in release.rows), test_cohorts)
+        subjects = ((row["cohort"], row["subject_id"]) for row in release.rows)
+        splits = splits_of(subjects, names_in(options.test_cohorts))
         for row in release.rows:
             row["split"] = splits[row["cohort"], row["subject_id"]]
         dropped = write_release(release, options.out)

@@ -13,10 +13,7 @@ Example:
     python -m sharding.merge adni.csv oasis1.csv oasis2.csv aibl.csv --out manifest.csv
 """
 
-import csv
-import io
 import logging
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -25,14 +22,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sharding.manifest import COLUMNS_IN_ORDER, Scan, read_cells, read_manifest
-from sharding.shard import write_whole
+from sharding.manifest import COLUMNS, Scan, image_cell, names_in, read_cells, read_manifest, refuse
+from sharding.shard import to_csv, write_whole
 
 log = logging.getLogger(__name__)
 
 OASIS = ("OASIS1", "OASIS2", "OASIS3")
 MAY_SHARE_PEOPLE = (("NACC", OASIS), ("ADNI", OASIS), ("ADNI", ("NACC",)))
-MAX_SHOWN = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ def merge(options: Options) -> list[Scan]:
     Raises:
         ValueError: naming every clash with its files and rows.
     """
-    test_cohorts = tuple(name.strip() for name in options.test_cohorts.split(",") if name.strip())
+    test_cohorts = names_in(options.test_cohorts)
     rows: list[dict] = []
     if not options.manifests:
         raise ValueError("name the manifests to join")
@@ -69,29 +65,24 @@ def merge(options: Options) -> list[Scan]:
             rows.append(
                 row
                 | {"scan_id": scan.scan_id, "subject_id": scan.subject_id, "cohort": scan.cohort}
-                | {"image": _place(scan.image, options.out.parent), "source": place, "from": f"{path} row {number}"}
+                | {"image": image_cell(scan.image, options.out.parent), "source": place, "from": f"{path} row {number}"}
             )
     _refuse_clashes(rows)
     _one_side_for_oasis(rows, options.oasis, test_cohorts)
     _warn_of_shared_people({row["cohort"] for row in rows})
 
-    extra = sorted({name for row in rows for name in row if name} - set(COLUMNS_IN_ORDER) - {"source", "from"})
+    extra = sorted({name for row in rows for name in row if name} - set(COLUMNS) - {"source", "from"})
     unchecked = options.out.with_name(f".{options.out.name}.unchecked")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    _write(unchecked, [*COLUMNS_IN_ORDER, *extra], rows)
+    _write(unchecked, [*COLUMNS, *extra], rows)
     try:
         scans = read_manifest(unchecked, test_cohorts=test_cohorts)
     finally:
         unchecked.unlink()
     for row, scan in zip(rows, scans, strict=True):
         row["split"] = scan.split
-    _write(options.out, [*COLUMNS_IN_ORDER, *extra], rows)
+    _write(options.out, [*COLUMNS, *extra], rows)
     return scans
-
-
-def _place(image: Path, folder: Path) -> str:
-    image, folder = Path(os.path.abspath(image)), Path(os.path.abspath(folder))
-    return str(image.relative_to(folder)) if image.is_relative_to(folder) else str(image)
 
 
 def _refuse_clashes(rows: list[dict]) -> None:
@@ -111,9 +102,7 @@ def _refuse_clashes(rows: list[dict]) -> None:
                     f"{row['from']}: subject {row['subject_id']!r} of {row['cohort']} is in {row['split']!r}, and in "
                     f"{before['split']!r} in {before['from']}; empty one of the two cells"
                 )
-    if faults:
-        more = [f"... and {len(faults) - MAX_SHOWN} more"] if len(faults) > MAX_SHOWN else []
-        raise ValueError(f"{len(faults)} clashes\n  " + "\n  ".join(faults[:MAX_SHOWN] + more))
+    refuse(f"{len(faults)} clashes", faults)
 
 
 def _one_side_for_oasis(rows: list[dict], side: str, test_cohorts: tuple[str, ...]) -> None:
@@ -158,11 +147,7 @@ def _warn_of_shared_people(cohorts: set[str]) -> None:
 
 
 def _write(path: Path, columns: list[str], rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, to_csv(columns, ([row.get(name, "") for name in columns] for row in rows)))
 
 
 def main() -> None:

@@ -4,17 +4,16 @@ An adapter (`sharding/cohorts/NAME.py`) lists the scans, reads the visits and li
 Each scan that was found ends either as a row of the manifest or as a dropped scan with a reason: none is lost.
 """
 
-import csv
 import datetime
-import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from sharding.manifest import COLUMNS_IN_ORDER
+from sharding.manifest import COLUMNS, image_cell
+from sharding.shard import to_csv, write_whole
 from sharding.tables import Row, walk
 
 log = logging.getLogger(__name__)
@@ -259,15 +258,15 @@ def write_release(release: Release, out: Path) -> Path:
     by subject, session and scan.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    extra = sorted({name for row in release.rows for name in row} - set(COLUMNS_IN_ORDER))
-    rows = [{**row, "image": _place(row["image"], out.parent)} for row in release.rows]
+    extra = sorted({name for row in release.rows for name in row} - set(COLUMNS))
+    rows = [{**row, "image": image_cell(row["image"], out.parent)} for row in release.rows]
     dropped = [
         {
             "scan_id": gone.scan.scan_id,
             "cohort": release.cohort,
             "subject_id": gone.scan.subject_id,
             "session_id": gone.scan.session_id,
-            "image": _place(gone.scan.image, out.parent),
+            "image": image_cell(gone.scan.image, out.parent),
             "reason": gone.reason,
             "detail": gone.detail,
         }
@@ -275,24 +274,13 @@ def write_release(release: Release, out: Path) -> Path:
     ]
     dropped_path = out.with_suffix(".dropped.csv")
     _write_csv(dropped_path, DROPPED_COLUMNS, dropped)
-    _write_csv(out, (*COLUMNS_IN_ORDER, *extra), rows)
+    _write_csv(out, (*COLUMNS, *extra), rows)
     return dropped_path
 
 
-def _place(image: Path, folder: Path) -> str:
-    image, folder = image.absolute(), folder.absolute()
-    return str(image.relative_to(folder)) if image.is_relative_to(folder) else str(image)
-
-
-def _write_csv(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    for row in sorted(rows, key=lambda row: (row["subject_id"], row["session_id"], row["scan_id"])):
-        writer.writerow({name: _text(value) for name, value in row.items()})
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    temporary.replace(path)
+def _write_csv(path: Path, columns: Sequence[str], rows: list[dict]) -> None:
+    in_order = sorted(rows, key=lambda row: (row["subject_id"], row["session_id"], row["scan_id"]))
+    write_whole(path, to_csv(columns, ([_text(row.get(name)) for name in columns] for row in in_order)))
 
 
 def _text(value: object) -> str:

@@ -6,11 +6,14 @@ part file means a whole shard.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import socket
 import tarfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
@@ -111,6 +114,13 @@ def sha256_of(path: Path) -> str:
 def to_json(value: dict) -> bytes:
     """Canonical JSON: the same value gives the same bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence]) -> bytes:
+    """A table as CSV: the same rows give the same bytes."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue().encode()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -4,12 +4,12 @@ Every build writes one; `--split-file` applies one from elsewhere, so that a pub
 """
 
 import csv
-import io
 import logging
 from dataclasses import replace
 from pathlib import Path
 
-from sharding.manifest import Scan
+from sharding.manifest import Scan, refuse
+from sharding.shard import to_csv
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,7 @@ def apply_split(scans: list[Scan], path: Path) -> tuple[list[Scan], bytes]:
             more = f" and {len(places) - MAX_SHOWN} more" if len(places) > MAX_SHOWN else ""
             log.warning("warning: %d scans of the %s are not in the %s: %s%s", len(places), has, lacks, shown, more)
     missing = [["split file", *place] for place in absent] + [["manifest", *place] for place in left_out]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["in", "cohort", "subject_id", "scan_id"], *missing])
-    return kept, text.getvalue().encode()
+    return kept, to_csv(["in", "cohort", "subject_id", "scan_id"], missing)
 
 
 def _read(path: Path) -> list[dict]:
@@ -70,6 +68,5 @@ def _read(path: Path) -> list[dict]:
             faults.append(f"row {number}: scan {row['scan_id']!r} is in row {seen[scan]} as well")
         if splits.setdefault(subject, row["split"]) != row["split"]:
             faults.append(f"row {number}: subject {row['subject_id']!r} is in {splits[subject]} and {row['split']}")
-    if faults:
-        raise ValueError(f"{path}: {len(faults)} faults\n  " + "\n  ".join(faults[:20]))
+    refuse(f"{path}: {len(faults)} faults", faults)
     return rows

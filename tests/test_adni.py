@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from sharding.cohorts import adni
-from sharding.manifest import COLUMNS_IN_ORDER
+from sharding.manifest import COLUMNS
 from sharding.people import draw_volunteers, save_tiny
 from sharding.release import one_row_per_subject, write_release
 from sharding.releases import adni as release_adni
@@ -346,7 +346,7 @@ def test_a_release_with_every_trap_gives_exactly_these_rows(tmp_path):
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {row["image"]: row for row in rows_of(out)}
-    assert list(rows_of(out)[0]) == [*COLUMNS_IN_ORDER, *EXTRA_COLUMNS]
+    assert list(rows_of(out)[0]) == [*COLUMNS, *EXTRA_COLUMNS]
     assert found.keys() == {row["image"] for row in rows.values()}
     for row in rows.values():
         assert found[row["image"]] == row

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from sharding.cohorts import oasis1
-from sharding.manifest import COLUMNS_IN_ORDER
+from sharding.manifest import COLUMNS
 from sharding.people import draw_volunteers, save_tiny
 from sharding.release import write_release
 from sharding.releases import oasis1 as writer
@@ -92,7 +92,7 @@ def expected_row(person, exam) -> dict[str, str]:
     education = 1 if years < 12 else 2 if years == 12 else 3 if years < 16 else 4 if years == 16 else 5
     cdr = f"{exam.cdr_global:g}"
     diagnosis = {"0": "CN", "0.5": "MCI", "1": "AD", "2": "AD"}[cdr]
-    row = dict.fromkeys([*COLUMNS_IN_ORDER, "delay_days", "education_code", "image_kind"], "")
+    row = dict.fromkeys([*COLUMNS, "delay_days", "education_code", "image_kind"], "")
     row |= {
         "scan_id": atlas_image(person, exam),
         "cohort": "OASIS1",

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from sharding.cohorts import oasis2
-from sharding.manifest import COLUMNS_IN_ORDER
+from sharding.manifest import COLUMNS
 from sharding.people import draw_volunteers, save_tiny
 from sharding.release import write_release
 from sharding.releases import oasis2 as writer
@@ -88,7 +88,7 @@ def expected_row(person, exam) -> dict[str, str]:
     session = f"{subject}_MR{exam.number + 1}"
     cdr = f"{exam.cdr_global:g}"
     diagnosis = {"0": "CN", "0.5": "MCI", "1": "AD", "2": "AD"}[cdr]
-    return dict.fromkeys(COLUMNS_IN_ORDER, "") | {
+    return dict.fromkeys(COLUMNS, "") | {
         "scan_id": f"{session}_mpr-1",
         "cohort": "OASIS2",
         "subject_id": subject,

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from sharding.cohorts import oasis3
-from sharding.manifest import COLUMNS_IN_ORDER
+from sharding.manifest import COLUMNS
 from sharding.people import draw_volunteers, save_tiny
 from sharding.release import write_release
 from sharding.releases import oasis3 as writer
@@ -110,7 +110,7 @@ def expected_row(person, exam) -> dict[str, str]:
     scan, session = f"sub-{subject}_ses-d{day:04d}_T1w", f"{subject}_MR_d{day:04d}"
     entry = round(person.exams[0].age_years, 2)
     said = {"CN": "NORMCOG 1", "MCI": "MCIAMEM 1", "AD": "DEMENTED 1, PROBAD 1"}[exam.diagnosis]
-    return dict.fromkeys(COLUMNS_IN_ORDER, "") | {
+    return dict.fromkeys(COLUMNS, "") | {
         "scan_id": scan,
         "cohort": "OASIS3",
         "subject_id": subject,
