@@ -28,7 +28,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: install
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $$(grep -l __main__ bench/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf demo build *.egg-info .pytest_cache .ruff_cache

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import tyro
 import webdataset as wds
+from published import SIZE, load_published, pad, resize
 from realistic import write_realistic_scans
 
 from medblip.image import read_image
@@ -39,7 +40,6 @@ from sharding.pack import encode
 from sharding.shard import fingerprint, sha256_of, to_json
 from sharding.workers import keep_memory
 
-SIZE = 224
 RECIPES = {
     "standard": Recipe(name="standard", size=SIZE, spacing_mm=1.0),
     "reference": Recipe(name="reference", size=SIZE),
@@ -88,7 +88,7 @@ def main(options: Options) -> int:
 def measure(options: Options, images: list[Path], folder: Path) -> list[dict]:
     """One row per builder: scans a second, ratios to the other two, bytes stored."""
     builders: dict[str, Callable[[list[Path], Path], int]] = {
-        "published load, nothing stored": load_published,
+        "published load, nothing stored": load_all_published,
         "plain: nibabel, NumPy, npz": build_plain,
         **{f"ours, {name}, zstd and tar": partial(pack, recipe) for name, recipe in RECIPES.items()},
     }
@@ -204,14 +204,10 @@ def pack(recipe: Recipe, images: list[Path], folder: Path) -> int:
     return path.stat().st_size
 
 
-def load_published(images: list[Path], folder: Path) -> int:
-    """The published per-sample load; stores nothing. Source: Qybc/MedBLIP, medblip/dataset.py, written anew."""
-    import SimpleITK
-
+def load_all_published(images: list[Path], folder: Path) -> int:
+    """The published load of every scan; stores nothing."""
     for image in images:
-        volume = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(image))).astype(np.float32)
-        volume = (volume - volume.min()) / (volume.max() - volume.min())
-        pad(resize(volume))
+        load_published(image)
     return 0
 
 
@@ -226,22 +222,6 @@ def build_plain(images: list[Path], folder: Path) -> int:
         np.savez_compressed(folder / "plain.npz", volume=grid)
         stored_bytes += (folder / "plain.npz").stat().st_size
     return stored_bytes
-
-
-def resize(volume: np.ndarray) -> torch.Tensor:
-    """The longest side to 224, aligned corners."""
-    new = [SIZE * n // max(volume.shape) for n in volume.shape]
-    return torch.nn.functional.interpolate(
-        torch.from_numpy(volume)[None, None], size=new, mode="trilinear", align_corners=True
-    )[0, 0]
-
-
-def pad(volume: torch.Tensor) -> torch.Tensor:
-    """The 224^3 float32 grid with the volume in its middle."""
-    grid = torch.zeros(SIZE, SIZE, SIZE)
-    first = [(SIZE - n) // 2 for n in volume.shape]
-    grid[tuple(slice(f, f + n) for f, n in zip(first, volume.shape, strict=True))] = volume
-    return grid
 
 
 if __name__ == "__main__":

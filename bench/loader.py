@@ -41,11 +41,12 @@ import numpy as np
 import torch
 import tyro
 import zstandard
+from published import SIZE, load_published
 from torch.utils.data import DataLoader
 
 from medblip.shards import Reader, ShardIndex
 
-SIZE, BATCH = 224, 4
+BATCH = 4
 SPACING_MM = np.array([1.2, 1.0, 1.0])
 NUM_VOXELS = np.array([166, 256, 256])
 CODECS = ("zstd", "raw")
@@ -109,9 +110,6 @@ def make_scans(folder: Path, count: int) -> float:
     template = madeup.load_template()
     affine = np.diag([*SPACING_MM, 1.0])
     affine[:3, 3] = -(NUM_VOXELS - 1) / 2 * SPACING_MM
-    to_sagittal = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt("PIR")
-    )
     with open(folder / "manifest.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "subject_id", "split"])
@@ -120,8 +118,7 @@ def make_scans(folder: Path, count: int) -> float:
             scan = dataclasses.replace(madeup.draw_scan(0, "BENCH", number, 0, "A"), spacing_mm=SPACING_MM)
             image = madeup.render(template, patient, scan, patient.age_years, 1.0)
             voxels = (image * scan.intensity_range).round().astype(np.int16)
-            stored = nib.Nifti1Image(voxels, affine).as_reoriented(to_sagittal)
-            stored.to_filename(folder / f"images/{number:03d}.nii.gz")
+            madeup.write_oriented(folder / f"images/{number:03d}.nii.gz", nib.Nifti1Image(voxels, affine), "PIR")
             writer.writerow([f"images/{number:03d}.nii.gz", f"p{number}", "train"])
     return statistics.mean(path.stat().st_size for path in (folder / "images").iterdir())
 
@@ -195,7 +192,7 @@ def ours(index: ShardIndex, threads: int, first_epoch: bool) -> Callable[[], Non
 
 
 class Published(torch.utils.data.Dataset):
-    """The published per-sample load. Source: Qybc/MedBLIP, medblip/dataset.py, written anew."""
+    """The published per-sample load as a data set."""
 
     def __init__(self, images: list[Path]):
         self.images = images
@@ -204,19 +201,8 @@ class Published(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        import SimpleITK
-
         torch.set_num_threads(1)
-        volume = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(self.images[row]))).astype(np.float32)
-        volume = (volume - volume.min()) / (volume.max() - volume.min())
-        new = [SIZE * n // max(volume.shape) for n in volume.shape]
-        resized = torch.nn.functional.interpolate(
-            torch.from_numpy(volume)[None, None], size=new, mode="trilinear", align_corners=True
-        )[0, 0]
-        padded = torch.zeros(SIZE, SIZE, SIZE)
-        low = [(SIZE - n) // 2 for n in new]
-        padded[tuple(slice(a, a + n) for a, n in zip(low, new, strict=True))] = resized
-        return padded
+        return load_published(self.images[row])
 
 
 class PlainWebDataset(torch.utils.data.IterableDataset):

@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from sharding.madeup import draw_patient, draw_scan, load_template, render
+from sharding.madeup import draw_patient, draw_scan, load_template, render, write_oriented
 
 IN_PLANE = 256  # voxels of 1 mm, front-back and up-down
 SLICES = (166, 176)  # of 1.2 mm, from ear to ear; the last is not included
@@ -44,9 +44,6 @@ def write_realistic_scans(folder: Path, count: int, seed: int = 0) -> list[Path]
         affine = np.diag([*spacing_mm, 1.0])
         affine[:3, 3] = -(np.array(shape) - 1) / 2 * spacing_mm
         stored = nib.Nifti1Image((image * INTENSITY_RANGE).round().astype(np.int16), affine)
-        to_sagittal = nib.orientations.ornt_transform(
-            nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt("PIR")
-        )
         paths.append(folder / f"scan-{number:03d}.nii.gz")
-        stored.as_reoriented(to_sagittal).to_filename(paths[-1])
+        write_oriented(paths[-1], stored, "PIR")
     return paths

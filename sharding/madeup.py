@@ -402,17 +402,28 @@ def render_scan(template: Template, patient: Patient, options: Options, subject:
     return nib.Nifti1Image((image * scan.intensity_range).round().astype(np.int16), affine), scan
 
 
-def write_scan(template: Template, options: Options, subject: int, session: int) -> dict:
-    """Draw, render and store one scan in its own axis order; return its row of the manifest."""
+def write_oriented(path: Path, image, axes: str) -> None:
+    """Writes a RAS+ image with voxel axes `axes`; for `.hdr`, as an Analyze 7.5 pair."""
     import nibabel as nib
 
+    path.parent.mkdir(parents=True, exist_ok=True)
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
+    image = image.as_reoriented(turn)
+    if path.suffix == ".hdr":
+        pair = nib.AnalyzeImage(image.get_fdata().astype(np.int16), None)
+        pair.header.set_zooms(image.header.get_zooms()[:3])
+        pair.header["orient"] = {"LAS": 0, "ASL": 2}[axes]
+        pair.to_filename(path)
+    else:
+        image.to_filename(path)
+
+
+def write_scan(template: Template, options: Options, subject: int, session: int) -> dict:
+    """Draw, render and store one scan in its own axis order; return its row of the manifest."""
     patient = draw_patient(options.seed, options.cohort, subject)
     stored, scan = render_scan(template, patient, options, subject, session)
-    to_orientation = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(scan.orientation)
-    )
     row = record(patient, options, subject, session, scan)
-    stored.as_reoriented(to_orientation).to_filename(options.out / row["image"])
+    write_oriented(options.out / row["image"], stored, scan.orientation)
     return row
 
 

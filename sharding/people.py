@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sharding.madeup import draw_patient, draw_scores, generator
+from sharding.madeup import draw_patient, draw_scores, generator, write_oriented
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,3 @@ def save_tiny(path: Path, volunteer: Volunteer, exam: Exam, axes: str) -> None:
         50, 200, (10, 12, 12)
     )
     write_oriented(path, nib.Nifti1Image(voxels_XYZ, np.diag([4.0, 4, 4, 1])), axes)
-
-
-def write_oriented(path: Path, image, axes: str) -> None:
-    """Writes a RAS+ image with voxel axes `axes`; for `.hdr`, as an Analyze 7.5 pair."""
-    import nibabel as nib
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
-    image = image.as_reoriented(turn)
-    if path.suffix == ".hdr":
-        pair = nib.AnalyzeImage(image.get_fdata().astype(np.int16), None)
-        pair.header.set_zooms(image.header.get_zooms()[:3])
-        pair.header["orient"] = {"LAS": 0, "ASL": 2}[axes]
-        pair.to_filename(path)
-    else:
-        image.to_filename(path)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sharding.madeup import Options as Drawing
-from sharding.madeup import draw_patient, load_template, render_scan
-from sharding.people import Exam, Volunteer, draw_volunteers, write_oriented
+from sharding.madeup import draw_patient, load_template, render_scan, write_oriented
+from sharding.people import Exam, Volunteer, draw_volunteers
 
 
 class Study(NamedTuple):
