@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from csv_files import edit
 
 from sharding.cohorts import aibl
 from sharding.people import draw_volunteers, save_tiny
@@ -30,16 +31,6 @@ def image_of(person, exam) -> int:
 
 def table(folder: Path, stem: str) -> Path:
     return folder / EXTRACT / f"aibl_{stem}_01-Jun-2018.csv"
-
-
-def edit(path: Path, change) -> None:
-    """Rewrites a table; `change` gets its rows and returns them (or None, if it changed them in place)."""
-    with open(path, encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
-    rows = [dict(zip(header, row, strict=True)) for row in rows]
-    rows = change(rows) or rows
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *([row[name] for name in header] for row in rows)])
 
 
 def set_cell(folder: Path, stem: str, person, code: str, **cells) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from csv_files import edit
 
 from sharding.cohorts import miriad
 from sharding.people import draw_volunteers, save_tiny
@@ -37,16 +38,6 @@ def add_scan(folder: Path, person, visit: int, scan: int = 1) -> str:
     path.parent.mkdir(parents=True)
     path.touch()
     return name
-
-
-def edit(path: Path, change) -> None:
-    """Rewrites a table; `change` gets its rows and returns them (or None, if it changed them in place)."""
-    with open(path, encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
-    rows = [dict(zip(header, row, strict=True)) for row in rows]
-    rows = change(rows) or rows
-    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file).writerows([header, *([row.get(name, "") for name in header] for row in rows)])
 
 
 def set_cell(folder: Path, table: str, label: str, **cells) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from csv_files import edit, read_rows
 
 from sharding.cohorts import oasis2
 from sharding.manifest import COLUMNS
@@ -34,22 +35,6 @@ def clean(tmp_path_factory) -> Path:
 def release(clean, tmp_path) -> Path:
     """A clean release of six people, as downloaded, for a test to spoil."""
     return Path(shutil.copytree(clean, tmp_path, dirs_exist_ok=True))
-
-
-def read_rows(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def edit(table: Path, change) -> None:
-    """Rewrites a table after `change(rows)`, which gets every row as a dict and may return another list."""
-    rows = read_rows(table)
-    header = list(rows[0])
-    rows = change(rows) or rows
-    with open(table, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def set_cells(session: str, **cells: str):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from csv_files import read_rows
 
 from sharding.cohorts import oasis3
 from sharding.manifest import COLUMNS
@@ -38,11 +39,6 @@ def clean(tmp_path_factory) -> Path:
 def release(clean, tmp_path) -> Path:
     """A clean release of six people, as downloaded, for a test to spoil."""
     return Path(shutil.copytree(clean, tmp_path, dirs_exist_ok=True))
-
-
-def read_rows(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
