@@ -314,7 +314,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     module = sys.modules[type(options).__module__]
     try:
-        for folder in (options.images, options.tables_folder):
+        for folder in (options.images, options.tables_folder.path):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: no such folder")
         release = module.read(options)

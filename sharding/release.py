@@ -5,6 +5,7 @@ Each scan that was found ends either as a row of the manifest or as a dropped sc
 """
 
 import datetime
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Literal
 
 from sharding.manifest import COLUMNS, image_cell
 from sharding.shard import to_csv, write_whole
-from sharding.tables import Row, walk
+from sharding.tables import Row, TablesFolder, walk
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,10 @@ class ReleaseOptions:
     test_cohorts: str = "AIBL,MIRIAD"
     """Cohorts that are only ever tested on, separated by commas."""
 
-    @property
-    def tables_folder(self) -> Path:
+    @functools.cached_property
+    def tables_folder(self) -> TablesFolder:
         """Where the tables are."""
-        return self.tables or self.images
+        return TablesFolder(self.tables or self.images)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -170,10 +170,25 @@ def index_rows(
     return index
 
 
-def find_by_header(folder: Path, columns: Collection[str], suffixes: Collection[str] = (".csv",)) -> list[Path]:
+class TablesFolder:
+    """A folder in which tables are looked for, at any depth. It is walked once, however many are."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @functools.cached_property
+    def files(self) -> list[tuple[str, Path]]:
+        """Name and path of every file."""
+        return [(name, Path(parent, name)) for parent, _, names in walk(self.path) for name in names]
+
+
+def find_by_header(folder: TablesFolder, columns: Collection[str], suffixes: Collection[str] = (".csv",)) -> list[Path]:
     """The tables below `folder` whose header has all of `columns`: for downloads whose file name is the user's."""
     found = []
-    for name, path in _files_below(folder):
+    for name, path in folder.files:
         if path.suffix.lower() in suffixes and not name.startswith("."):
             with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
                 header = {cell.strip() for cell in next(csv.reader([file.readline()]), [])}
@@ -183,7 +198,7 @@ def find_by_header(folder: Path, columns: Collection[str], suffixes: Collection[
 
 
 def find_table(
-    folder: Path, stems: Collection[str], *, required: bool = True, suffixes: Collection[str] = (".csv",)
+    folder: TablesFolder, stems: Collection[str], *, required: bool = True, suffixes: Collection[str] = (".csv",)
 ) -> Path | None:
     """The one file below `folder` that is named STEM or STEM_DATE, for the first of `stems` that has any.
 
@@ -194,10 +209,9 @@ def find_table(
         ValueError: several files have the name, or none has and it is `required`; says what was looked for.
     """
     date = r"(?:_(?:\d{1,2}-?[A-Za-z]{3}-?\d{4}|\d{4}-?\d{2}-?\d{2})|-[0-9a-f]{16})?(?: ?\(\d+\))?"
-    files = _files_below(folder)
     for stem in stems:
         pattern = re.compile(f"{stem}{date}(?:{'|'.join(map(re.escape, suffixes))})", re.IGNORECASE)
-        found = sorted(path for name, path in files if pattern.fullmatch(name))
+        found = sorted(path for name, path in folder.files if pattern.fullmatch(name))
         if len(found) > 1:
             names = ", ".join(map(str, found[:5]))
             raise ValueError(
@@ -222,10 +236,6 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
             continue
         met.add((status.st_dev, status.st_ino))
         yield parent, folders, names
-
-
-def _files_below(folder: Path) -> list[tuple[str, Path]]:
-    return [(name, Path(parent, name)) for parent, _, names in walk(folder) for name in names]
 
 
 def read_table(

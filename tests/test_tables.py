@@ -3,7 +3,7 @@ import datetime
 import openpyxl
 import pytest
 
-from sharding.tables import BadCell, find_table, read_table
+from sharding.tables import BadCell, TablesFolder, find_table, read_table
 
 
 def table(folder, content, name="T.csv"):
@@ -25,19 +25,19 @@ def test_a_table_is_found_with_the_date_that_archives_append(tmp_path, name):
     path = table(tmp_path / "deep", "RID\n1\n", name)
     for stranger in ("X_DXSUM.csv", "DXSUM2.csv", "DXSUM_notes.csv", "DXSUM.txt"):
         table(tmp_path, "RID\n1\n", stranger)
-    assert find_table(tmp_path, ["DXSUM"]) == path
+    assert find_table(TablesFolder(tmp_path), ["DXSUM"]) == path
 
 
 def test_the_first_stem_that_is_there_wins_and_two_copies_are_refused(tmp_path):
     old = table(tmp_path, "RID\n", "DXSUM_PDXCONV.csv")
-    assert find_table(tmp_path, ["DXSUM", "DXSUM_PDXCONV"]) == old
+    assert find_table(TablesFolder(tmp_path), ["DXSUM", "DXSUM_PDXCONV"]) == old
     table(tmp_path, "RID\n", "DXSUM_01Jan2024.csv")
     new = table(tmp_path, "RID\n", "DXSUM_01Jan2025.csv")
     with pytest.raises(ValueError, match=f"2 tables are named DXSUM.*{new.name}"):
-        find_table(tmp_path, ["DXSUM"])
+        find_table(TablesFolder(tmp_path), ["DXSUM"])
     with pytest.raises(ValueError, match="no table named MMSE or All_Subjects_MMSE"):
-        find_table(tmp_path, ["MMSE", "All_Subjects_MMSE"])
-    assert find_table(tmp_path, ["MMSE"], required=False) is None
+        find_table(TablesFolder(tmp_path), ["MMSE", "All_Subjects_MMSE"])
+    assert find_table(TablesFolder(tmp_path), ["MMSE"], required=False) is None
 
 
 def test_a_byte_order_mark_blank_lines_and_short_lines_are_read(tmp_path):

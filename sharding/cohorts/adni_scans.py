@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from sharding.cohorts.adni_tables import MISSING, PTID, read_date
 from sharding.release import FoundScan, Release, drop_copies, files_below
-from sharding.tables import Entry, Row, find_by_header, find_table, index_rows, read_table
+from sharding.tables import Entry, Row, TablesFolder, find_by_header, find_table, index_rows, read_table
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Image:
     """Why it cannot be used: a reason, and a detail."""
 
 
-def find_scans(images: Path, tables: Path, release: Release) -> list[FoundScan]:
+def find_scans(images: Path, tables: TablesFolder, release: Release) -> list[FoundScan]:
     """The scans that can be used, each image once; all others are dropped from `release` with a reason."""
     found, sidecars = _walk(images)
     listed = _read_lists(tables, {image.image_id for image in found} - {""}, release.faults)
@@ -205,7 +205,7 @@ def _iso_date(text: str) -> datetime.date | None:
         return None
 
 
-def _read_lists(folder: Path, wanted: set[str], faults: list[str]) -> list[dict[str, Entry]]:
+def _read_lists(folder: TablesFolder, wanted: set[str], faults: list[str]) -> list[dict[str, Entry]]:
     """For each kind of list, its rows of the wanted images by image id."""
     listed, names = [], []
     for kind in LISTS:
@@ -242,7 +242,7 @@ def _values_of(kind: ListOfImages):
     return values
 
 
-def _read_quality(folder: Path, faults: list[str]) -> dict[str, Entry]:
+def _read_quality(folder: TablesFolder, faults: list[str]) -> dict[str, Entry]:
     """MRIQUALITY by the digits of the series id; a table that most people do not have."""
     path = find_table(folder, ["All_Subjects_MRIQUALITY", "MRIQUALITY"], required=False)
     if path is None:

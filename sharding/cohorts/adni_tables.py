@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sharding.release import OTHER, Person, Visit
-from sharding.tables import BadCell, Entry, Row, find_table, index_rows, read_table
+from sharding.tables import BadCell, Entry, Row, TablesFolder, find_table, index_rows, read_table
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Clinic:
     visits: dict[int, list[Visit]]
 
 
-def read_clinic(folder: Path, faults: list[str]) -> Clinic:
+def read_clinic(folder: TablesFolder, faults: list[str]) -> Clinic:
     """Reads the tables below `folder`; cells that cannot be used go to `faults` and make their visit or person faulty.
 
     Raises:

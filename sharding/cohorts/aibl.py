@@ -32,7 +32,7 @@ from sharding.release import (
     nearest,
     one_per,
 )
-from sharding.tables import Entry, Row, find_by_header, find_table, index_rows, read_table
+from sharding.tables import Entry, Row, TablesFolder, find_by_header, find_table, index_rows, read_table
 
 MISSING = ("-4",)
 DIAGNOSIS = {"1": "CN", "2": "MCI", "3": "AD"}
@@ -162,7 +162,7 @@ def _folder_date(name: str) -> datetime.date | None:
         return None
 
 
-def _read_tables(folder: Path, faults: list[str]) -> Tables:
+def _read_tables(folder: TablesFolder, faults: list[str]) -> Tables:
     """All tables; `faults` takes the cells that cannot be used."""
 
     def table(stem: str, columns: tuple[str, ...], key, values, required: bool = True) -> dict:
@@ -205,7 +205,7 @@ def _cut(rows: Iterator[Row], stem: str) -> Iterator[Row]:
         yield row
 
 
-def _collection_rows(folder: Path) -> Iterator[Row]:
+def _collection_rows(folder: TablesFolder) -> Iterator[Row]:
     for path in find_by_header(folder, COLLECTION_COLUMNS):
         yield from read_table(path, COLLECTION_COLUMNS)
 

@@ -31,7 +31,7 @@ from sharding.release import (
     files_below,
     one_per,
 )
-from sharding.tables import Entry, Row, find_by_header, index_rows, read_table
+from sharding.tables import Entry, Row, TablesFolder, find_by_header, index_rows, read_table
 
 DIAGNOSIS = {"AD": "AD", "HC": "CN"}
 WEEK_OF_VISIT = {1: 0, 2: 2, 3: 6, 4: 14, 5: 26, 6: 38, 7: 52, 8: 78, 9: 104}
@@ -109,7 +109,7 @@ class Tables:
     subjects: dict[str, Entry] = field(default_factory=dict)
 
 
-def _read_tables(folder: Path, faults: list[str]) -> Tables:
+def _read_tables(folder: TablesFolder, faults: list[str]) -> Tables:
     mmse = find_by_header(folder, ("Label", "MMSE"))
     sessions = {path for name in ("Label", "MR ID") for path in find_by_header(folder, (name, "Age"))} - set(mmse)
     subjects = {path for name in ("M/F", "Gender") for path in find_by_header(folder, ("Subject", name))}

@@ -38,7 +38,7 @@ from sharding.release import (
     one_each,
     one_per,
 )
-from sharding.tables import BadCell, Row, find_table, read_table
+from sharding.tables import BadCell, Row, TablesFolder, find_table, read_table
 
 SUBJECT = re.compile(r"OAS3\d{4}")
 SESSION_FOLDER = re.compile(r"(OAS3\d{4})_MR_d(\d+)")
@@ -312,7 +312,7 @@ def _demographics(table: Path) -> Iterator[tuple[Row, Person]]:
         yield row, _person(row, "OASISID", columns)
 
 
-def _adrc_facts(folder: Path, clinical: Path) -> Iterator[tuple[Row, Person]]:
+def _adrc_facts(folder: TablesFolder, clinical: Path) -> Iterator[tuple[Row, Person]]:
     """Age at entry and APOE stand with every visit; sex with the subjects or the MR sessions."""
     columns = {"age_at_entry_years": "ageAtEntry", "apoe_e4": "apoe"}
     for row in read_table(clinical, ["Subject", *columns.values()]):
