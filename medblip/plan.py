@@ -184,7 +184,8 @@ def build(config: ModelConfig, grid_size: int, width: int) -> nn.Module:
 
     vision_config, language_config = checkpoint_config(config.vision), checkpoint_config(config.language)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    qformer_config = _qformer_config(checkpoint_config(config.qformer), vision_config.hidden_size)
+    qformer_config = checkpoint_config(config.qformer)
+    qformer_config = getattr(qformer_config, "qformer_config", qformer_config)
     qformer_config.hidden_dropout_prob = qformer_config.attention_probs_dropout_prob = config.qformer_dropout
     kind = AutoModelForSeq2SeqLM if language_config.is_encoder_decoder else AutoModelForCausalLM
     lora = config.lora, config.lora_rank, config.lora_alpha, config.lora_dropout
@@ -200,17 +201,6 @@ def build(config: ModelConfig, grid_size: int, width: int) -> nn.Module:
             kind.from_config(language_config, attn_implementation="sdpa"), model.qformer.width, *lora
         )
     return model.to(torch.bfloat16 if width == 2 else torch.float32).train()
-
-
-def _qformer_config(published, vision_width: int):
-    from transformers import Blip2QFormerConfig
-
-    if published.model_type != "bert":
-        return getattr(published, "qformer_config", published)
-    sizes = {name: value for name, value in published.to_dict().items() if name in Blip2QFormerConfig().to_dict()}
-    sizes |= {"encoder_hidden_size": vision_width, "use_qformer_text_input": True}
-    sizes.pop("model_type")
-    return Blip2QFormerConfig(**sizes)
 
 
 def _shapes_only():
