@@ -554,6 +554,25 @@ def test_command_ends_with_one_summary_line(manifest, tmp_path):
     assert log.splitlines()[-1] == f"packed 4, set aside 1 -> {rejected} (4 + 1 = 5 in the manifest)"
 
 
+def test_time_left_is_told_from_the_speed_of_the_last_minutes(monkeypatch, caplog):
+    from sharding import workers
+
+    clock_s = [1000.0]
+    monkeypatch.setattr(workers.time, "monotonic", lambda: clock_s[0])
+    progress = workers.Progress(total=10_000, num_done=2000, num_aside=0)
+    with caplog.at_level("INFO"):
+        for second in range(1, 601):  # 20 scans/s in the first five minutes, then 5
+            clock_s[0] = 1000.0 + second
+            progress.add(20 if second <= 300 else 5, 0)
+            progress.show([])
+    lines = [record.getMessage() for record in caplog.records if "left" in record.getMessage()]
+    assert "20 scans/s" in lines[0]
+    assert re.search(r"9,\d\d\d of 10,000 scans, 5 scans/s", lines[-1]), lines[-1]
+    num_done, told = re.search(r"^([\d,]+) of .* about (\d+) (?:s|min) left", lines[-1]).groups()
+    left_s = (10_000 - int(num_done.replace(",", ""))) / 5
+    assert int(told) == pytest.approx(left_s if left_s < 90 else left_s / 60, abs=0.6)
+
+
 def test_wrong_usage_is_2_and_wrong_data_is_1(tmp_path):
     process = start(["--manifest", "m.csv", "--out", str(tmp_path), "--shard-sample", "3"])
     assert "--shard-samples" in process.communicate(timeout=60)[1]

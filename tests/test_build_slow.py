@@ -158,13 +158,7 @@ def test_thousands_of_scans_take_no_more_memory_and_the_time_left_is_true(tmp_pa
     quarter = next(row for row in told if row[0] >= 0.25)
     for column in (3, 4):
         assert max(row[column] for row in told if row[0] >= 0.25) - quarter[column] < 50
-    # Half way: what is told is what the speed of the last seconds, as seen from here, says; and near what it then took.
+    # Half way: what is told is near what it then took; tests/test_build.py has the sum itself, by a clock of its own.
     middle = [row for row in told if 0.4 < row[0] < 0.6]
-    seen_left_s = []
-    for done, _, moment, *_ in middle:
-        done_then, then = next((row[0], row[2]) for row in told if moment - row[2] <= 10)
-        if moment > then:
-            seen_left_s.append((1 - done) / ((done - done_then) / (moment - then)))
     told_left_s, took_s = np.mean([row[1] for row in middle]), np.mean([ended_at - row[2] for row in middle])
-    assert told_left_s == pytest.approx(np.mean(seen_left_s), rel=0.25, abs=2)
     assert 0.4 < told_left_s / took_s < 2.5
