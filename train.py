@@ -2,8 +2,8 @@
 
 main() reads the options, train() builds and loops, train_step() is one optimizer step of `accumulation` micro-steps.
 Sample `(step, micro, rank, j)` stands at position `step * global_batch + (micro * world + rank) * micro_batch + j` of
-the stream, so that any number of ranks sees the same global batches. SIGINT, SIGTERM and SIGUSR1 end training after
-the step in hand: save, exit code 85.
+the stream, so that any number of ranks sees the same global batches. SIGINT, SIGTERM, SIGUSR1 and a file `stop` in the
+run folder end training at the next micro-step: save, exit code 85. A rank that dies or hangs ends the others with 86.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +25,12 @@ import tyro
 from medblip.config import TrainConfig, is_url
 from medblip.schedule import Schedule, load_deepspeed_config, plan_schedule, positions
 
-SAVED_RUN_ME_AGAIN = 85
-
 
 def main() -> int:
-    """Parses the options and trains; returns the exit code: 0 done, 1 failed, 2 wrong usage, 85 saved and stopped."""
+    """Parses the options and trains; returns the exit code.
+
+    0 done, 1 failed for good, 2 wrong usage, 85 saved and stopped, 86 another rank died or hangs: run it again.
+    """
     try:
         config = tyro.cli(TrainConfig, description=TrainConfig.__doc__)
         for option, path in (("--deepspeed_config", config.deepspeed_config), ("--data", config.data)):
@@ -36,32 +39,44 @@ def main() -> int:
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    from medblip.stopping import Stopping
+
+    stopping = Stopping()
     from medblip import distributed
-    from medblip.progress import catch_signals
+    from medblip.failure import report
+    from medblip.watch import Watch
 
     distributed.log_to_stderr(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
-    stopping = catch_signals()
+    rank = distributed.setup()
+    watch = Watch(rank, config.step_timeout_s)
     try:
-        return train(config, distributed.setup(), stopping)
-    except ValueError as error:
-        logging.error("train.py: %s", error)
-        return 1
+        code = train(config, rank, stopping, watch)
+        watch.close()
+        distributed.barrier()
+        return code
+    except Exception as error:
+        # Not a plain return: other ranks may be in a collective that never ends, and torch's clean-up waits for it.
+        logging.shutdown()
+        os._exit(report(error, config, rank, watch))
 
 
-def train(config: TrainConfig, rank, stopping: list[str]) -> int:
-    """Builds everything, trains to the last step or until `stopping` holds a signal, and saves."""
+def train(config: TrainConfig, rank, stopping, watch) -> int:
+    """Builds everything, trains to the last step or until `stopping` is wanted, and saves."""
     import deepspeed
     import torch
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
-    from medblip import checkpoint
+    from medblip import checkpoint, ledger
     from medblip.data import Loader, SampleStream
-    from medblip.distributed import any_rank, barrier, log
+    from medblip.distributed import Control, log, set_timeouts
     from medblip.losses import balance
     from medblip.model import MedBLIP
-    from medblip.optim import build_optimizer, set_learning_rate
+    from medblip.optim import GradientCheck, build_optimizer, set_learning_rate
     from medblip.preview import dry_run
-    from medblip.progress import Progress, check_same_run, keep_schedule, lock, write_json
+    from medblip.progress import Progress, Status, check_same_run, keep_schedule, lock, write_json
     from medblip.shards import Reader, ShardIndex
+    from medblip.stopping import SAVED_RUN_ME_AGAIN
+    from medblip.tally import Tally
     from medblip.words import build_words
 
     run = Path(config.run)
@@ -70,7 +85,7 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
     samples = balance(index.samples("train"), config.balance_classes, config.balance_subjects)
     config = keep_schedule(run, config, rank.world)
     schedule, notes = plan_schedule(config, len(samples), rank.world)
-    engine_config = load_deepspeed_config(config.deepspeed_config, schedule)
+    engine_config = load_deepspeed_config(config.deepspeed_config, schedule, run)
     for note in notes:
         log.info(note)
     model_config = config.model_config()
@@ -91,6 +106,12 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
     if config.dry_run:
         return dry_run(config.dry_run, load_from(0), index.grid_size, words, config.seed, run) if rank.is_main else 0
 
+    control = Control(rank)
+    status = Status(run, rank, schedule.steps)
+    if rank.is_main:
+        stopping.watch_file(run)
+    stopping.at_once = False
+
     torch.manual_seed(config.seed)
     bf16 = engine_config.get("bf16", {}).get("enabled", False)
     model = MedBLIP(model_config, index.grid_size, rank.device, torch.bfloat16 if bf16 else torch.float32)
@@ -102,10 +123,9 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
         "steps": schedule.steps,
         "global_batch": schedule.global_batch,
     }
-    folder, step = checkpoint.latest(run), 0
+    folder, step = control.from_main(checkpoint.newest_whole(run, made_of) if rank.is_main else None), 0
     if folder is not None:
         check_same_run(json.loads((run / "config.json").read_text())["train"], config)
-        checkpoint.check_made_of(folder, made_of)
         checkpoint.load_weights(folder, model)
         state = checkpoint.read_state(folder)
         step = state["step"]
@@ -113,10 +133,19 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
         if state["contrastive_batch"] != schedule.contrastive_batch:
             before, now = state["contrastive_batch"], schedule.contrastive_batch
             log.warning("the contrastive batch was %d samples and is now %d: losses will differ", before, now)
+    gradients = GradientCheck(model, rank.device)
     optimizer = build_optimizer(model, schedule, rank.device)
+    if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # torch's AdamW, under a class of our own
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config)
+    set_timeouts(2 * max(config.step_timeout_s, 1800))  # the watch speaks first, and names the culprit
     if folder is not None:
         checkpoint.load_engine(folder, engine)
+    if control.any(stopping.wanted)[0]:
+        log.info("stopped by %s before the first step: nothing to save", stopping.reasons or "another rank's signal")
+        stopping.take_file()
+        status.write("stopped", step, stopped_by=stopping.reasons)
+        return SAVED_RUN_ME_AGAIN
 
     progress = None
     if rank.is_main:
@@ -125,85 +154,131 @@ def train(config: TrainConfig, rank, stopping: list[str]) -> int:
             write_json(run / "config.json", settings)
             (run / "train_subjects.txt").write_text("".join(f"{s}\n" for s in sorted({s.subject for s in samples})))
         write_json(run / "deepspeed.json", engine_config)
-        write_json(run / "status.json", {"state": "training", "step": step, "steps": schedule.steps})
+        ledger.cut_back(run, step)
         progress = Progress(run, config, step, schedule.steps, schedule.global_batch)
+    status.saved = step or None
+    status.write("training", step)
+    control.from_main(None)  # nobody writes into the ledger before it is cut back
+    layout = {"rank": rank.index, "world": rank.world}
+    layout |= {"micro_batch": schedule.micro_batch, "accumulation": schedule.accumulation}
+    account = ledger.Ledger(run, step, layout)
+    writer = checkpoint.Writer(run, rank, config.keep_checkpoints, config.keep_every, step or None)
+    parts = Parts(engine, optimizer, gradients, control, stopping, watch, rank, index.grid_size)
+    tally = Tally(math.ceil(config.max_skipped * len(samples)), config.max_nonfinite)
+
+    def save() -> float:
+        watch.doing("saving", step, max(config.step_timeout_s, 1800))
+        account.sync()
+        state = {
+            "step": step,
+            "samples": step * schedule.global_batch,
+            "contrastive_batch": schedule.contrastive_batch,
+            "world_size": rank.world,
+            **made_of,
+        }
+        return writer.save(engine, state)
 
     loader = load_from(step)
-    waited_s = 0.0
-    while step < schedule.steps and not any_rank(bool(stopping), rank.device):
+    waited_s, stalled_s = 0.0, 0.0
+    while step < schedule.steps:
         lr = set_learning_rate(optimizer, schedule, step)
-        losses, step_waited_s = train_step(engine, loader, config, schedule, step, rank, index.grid_size)
+        result = train_step(parts, loader, config, schedule, step)
+        if result is None:
+            break
         step += 1
-        waited_s += step_waited_s
-        if progress is not None and (step % config.log_every == 0 or step == schedule.steps):
-            progress.step(step, losses, lr, step * schedule.global_batch / len(samples), waited_s)
-            waited_s = 0.0
+        waited_s += result.waited_s
+        account.step(step, result.keys)
+        tally.add(step, result, control, account)
         if step % config.checkpoint_every == 0 or step == schedule.steps:
-            save_checkpoint(run, engine, step, schedule, made_of, rank, config.keep_checkpoints)
+            stalled_s = save()
+        if progress is not None and (step % config.log_every == 0 or step == schedule.steps):
+            epoch = step * schedule.global_batch / len(samples)
+            progress.step(step, result.losses, lr, epoch, waited_s, tally.counts(), stalled_s)
+            waited_s, stalled_s = 0.0, 0.0
+        status.saved = writer.saved_step
+        status.write("training", step)
     loader.close()
     done = step == schedule.steps
-    if not done and checkpoint.saved_step(run) != step:
-        save_checkpoint(run, engine, step, schedule, made_of, rank, config.keep_checkpoints)
+    watch.doing("saving", step, max(config.step_timeout_s, 1800))
+    writer.wait()
+    if step and control.any(rank.is_main and writer.saved_step != step)[0]:  # also a save that failed before
+        save()
+    is_saved = control.from_main(writer.wait())
+    account.close()
     if progress is not None:
         progress.close()
-        write_json(run / "status.json", {"state": "done" if done else "stopped", "step": step, "steps": schedule.steps})
+    status.saved = writer.saved_step
+    if not is_saved:
+        raise OSError(f"the last checkpoint, of step {step}, could not be written: {writer.error or 'see rank 0'}")
     if done:
+        status.write("done", step)
         log.info("done: %d steps in %s; medblip evaluate --model %s --data %s is next", step, run, run, config.data)
-    else:
-        signals = ", ".join(stopping) or "a signal to another rank"
-        log.info(
-            "stopped by %s after step %d of %d; the same command goes on from there", signals, step, schedule.steps
-        )
-    barrier()
-    return 0 if done else SAVED_RUN_ME_AGAIN
+        return 0
+    reasons = sorted({reason for some in control.gather(stopping.reasons) for reason in some})
+    stopping.take_file()
+    status.write("stopped", step, stopped_by=reasons)
+    log.info(
+        "stopped by %s after step %d of %d; the same command goes on from there",
+        *(", ".join(reasons), step, schedule.steps),
+    )
+    return SAVED_RUN_ME_AGAIN
 
 
-def train_step(engine, loader, config: TrainConfig, schedule: Schedule, step: int, rank, grid_size: int):
-    """One optimizer step: returns the losses, averaged over the global batch, and the seconds spent waiting for data.
+@dataclass(frozen=True)
+class Parts:
+    """What a training step works with."""
 
-    Raises:
-        ValueError: if the loss is not finite, naming the step, the rank and its sample KEYs.
+    engine: object
+    optimizer: object
+    gradients: object
+    control: object
+    stopping: object
+    watch: object
+    rank: object
+    grid_size: int
+
+
+def train_step(parts: Parts, loader, config: TrainConfig, schedule: Schedule, step: int):
+    """One optimizer step: a StepResult; None, with nothing changed, if a rank was asked to stop before its end.
+
+    A step in which any rank met a loss or a gradient that is not finite changes no weight and no moment.
     """
     import torch
 
     from medblip.data import to_device
     from medblip.distributed import mean_over_ranks
+    from medblip.tally import StepResult
 
+    engine, rank, watch = parts.engine, parts.rank, parts.watch
     dtype = next(engine.module.parameters()).dtype
     waited_s, total = 0.0, 0.0
-    keys = []
+    keys, unreadable = [], {}
     for micro in range(schedule.accumulation):
+        watch.doing("waiting for data", step + 1)
         asked_at = time.monotonic()
-        host = next(loader)
+        host = loader.next_unless(lambda: parts.stopping.wanted)
         waited_s += time.monotonic() - asked_at
+        watch.doing("agreeing", step + 1)
+        if parts.control.any(host is None or parts.stopping.wanted)[0]:
+            return None
         seed_dropout(config.seed, step, micro, rank.index)
-        batch = to_device(host, grid_size, rank.device, dtype, config.seed if config.augment else None)
+        watch.doing("in the forward pass", step + 1)
+        batch = to_device(host, parts.grid_size, rank.device, dtype, config.seed if config.augment else None)
         losses = engine(batch, config.contrastive)
+        watch.doing("in the backward pass", step + 1)
         engine.backward(losses["loss"])
-        engine.step()
         total = total + torch.stack([loss.detach().float() for loss in losses.values()]) / schedule.accumulation
         keys += batch.keys
+        unreadable |= host.unreadable
+        if micro + 1 < schedule.accumulation:
+            engine.step()
+    watch.doing("in the optimizer step", step + 1)
     means = dict(zip(losses, mean_over_ranks(total).tolist(), strict=True))
-    if not all(abs(value) < float("inf") for value in means.values()):
-        raise ValueError(
-            f"step {step + 1}, rank {rank.index}: a loss is not finite ({means}); samples {' '.join(keys)}"
-        )
-    return means, waited_s
-
-
-def save_checkpoint(run: Path, engine, step: int, schedule: Schedule, made_of: dict, rank, keep: int) -> None:
-    """Saves where training stands; a collective."""
-    from medblip import checkpoint
-    from medblip.distributed import log
-
-    state = {
-        "step": step,
-        "samples": step * schedule.global_batch,
-        "contrastive_batch": schedule.contrastive_batch,
-        "world_size": rank.world,
-        **made_of,
-    }
-    log.info("saved %s", checkpoint.save(run, engine, state, rank, keep))
+    is_bad = not all(map(math.isfinite, means.values()))
+    is_bad, is_unreadable = parts.control.any(is_bad or parts.gradients.take(), bool(unreadable))
+    parts.optimizer.skip = is_bad
+    engine.step()
+    return StepResult(means, keys, waited_s, unreadable, is_unreadable, is_bad)
 
 
 def draw_words(config: TrainConfig, record: dict, sample, draw):

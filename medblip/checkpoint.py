@@ -12,80 +12,189 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medblip.distributed import Rank, barrier
+from medblip.distributed import Rank, log
 from medblip.model import trainable
 
 TENSORS = {"master": "weights.safetensors", "exp_avg": "exp_avg.safetensors", "exp_avg_sq": "exp_avg_sq.safetensors"}
 
 
-def save(run: Path, engine, state: dict[str, Any], rank: Rank, keep: int) -> Path:
-    """Writes `checkpoints/step-N` and points `latest` at it; all ranks call it, between optimizer steps.
+class Writer:
+    """Writes checkpoints of a run beside the training, one at a time; on rank 0 only the files, on all the collecting.
 
-    The folder gets its name only when everything in it is on the disk.
+    A folder gets its name only when everything in it is on the disk, `latest` only then. A write that fails (disk
+    full, read-only, I/O error) is said as a warning, training goes on, and the older checkpoints stay.
 
     Args:
         run: folder of the run.
-        engine: the DeepSpeed engine.
-        state: what `state.json` shall hold; `step` names the folder.
+        rank: this one.
         keep: newest checkpoints kept.
+        keep_every: checkpoints whose step is a multiple of this are kept for good; 0 keeps none so.
+        saved_step: of the checkpoint that the run went on from.
     """
-    tensors = _collect(engine, rank)
+
+    def __init__(self, run: Path, rank: Rank, keep: int, keep_every: int = 0, saved_step: int | None = None):
+        self.run, self.rank, self.keep, self.keep_every = run, rank, keep, keep_every
+        self.saved_step = saved_step
+        self.error: OSError | None = None
+        self._thread: threading.Thread | None = None
+
+    def save(self, engine, state: dict[str, Any]) -> float:
+        """Takes what training changed from all ranks (a collective, between optimizer steps) and begins to write it.
+
+        Waits for the write before it. Returns the seconds for which training stood still.
+
+        Args:
+            engine: the DeepSpeed engine.
+            state: what `state.json` shall hold; `step` names the folder.
+        """
+        began_at = time.monotonic()
+        self.wait()
+        state = state | {"adam_step": _adam_step(engine)}
+        tensors = _collect(engine, self.rank)
+        if self.rank.is_main:
+            self._thread = threading.Thread(target=self._write, args=(tensors, state), name="checkpoint")
+            self._thread.start()
+        return time.monotonic() - began_at
+
+    def wait(self) -> bool:
+        """Waits for the write in hand; whether the last one went well. On rank 0; elsewhere nothing is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self.error is None
+
+    def _write(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        try:
+            folder = write_folder(self.run, tensors, state)
+            point_latest(self.run, folder.name)
+            self.saved_step, self.error = state["step"], None
+            log.info("saved %s", folder)
+            prune(self.run, self.keep, self.keep_every)
+        except OSError as error:
+            self.error = error
+            log.warning(
+                "the checkpoint of step %d could not be written (%s): training goes on; the newest checkpoint is %s",
+                *(
+                    state["step"],
+                    error,
+                    f"that of step {self.saved_step}" if self.saved_step else "an older one or none",
+                ),
+            )
+
+
+def write_folder(run: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Writes `checkpoints/step-N` under a temporary name, brings it to the disk, then gives it its name."""
     folder = run / "checkpoints" / f"step-{state['step']}"
-    if rank.is_main:
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
         unfinished.mkdir(parents=True)
         for kind, name in TENSORS.items():
-            save_file(tensors[kind], unfinished / name)
-        (unfinished / "state.json").write_text(json.dumps(state | {"adam_step": _adam_step(engine)}, indent=1))
+            _save_tensors(tensors[kind], unfinished / name)
+        (unfinished / "state.json").write_text(json.dumps(state, indent=1))
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in unfinished.iterdir()}
+        for name in files:
+            _fsync(unfinished / name)
         (unfinished / "manifest.json").write_text(json.dumps(files, indent=1))
-        for path in (*unfinished.iterdir(), unfinished):
-            _fsync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
-        _fsync(folder.parent)
-        pointer = run / ".latest.unfinished"
-        pointer.write_text(folder.name + "\n")
-        _fsync(pointer)
-        os.replace(pointer, run / "latest")
-        _fsync(run)
-        for old in sorted(_steps(run))[:-keep]:
-            shutil.rmtree(run / "checkpoints" / f"step-{old}")
-    barrier()
+        _fsync(unfinished / "manifest.json")
+        _fsync(unfinished)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)  # a full disk must not stay full because of it
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+    _fsync(folder.parent)
     return folder
 
 
-def latest(run: Path) -> Path | None:
-    """The checkpoint that a run goes on from, verified; None where the run has none yet.
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # the library's own name for a disk that is full
+        raise OSError(f"{path}: {error}") from None
+
+
+def point_latest(run: Path, name: str) -> None:
+    """Writes `latest`, whole or not at all."""
+    pointer = run / ".latest.unfinished"
+    pointer.write_text(name + "\n")
+    _fsync(pointer)
+    os.replace(pointer, run / "latest")
+    _fsync(run)
+
+
+def prune(run: Path, keep: int, keep_every: int) -> None:
+    """Removes checkpoints but the newest `keep` and every `keep_every`-th; and unfinished ones."""
+    for step in sorted(_steps(run))[:-keep]:
+        if not (keep_every and step % keep_every == 0):
+            # Its manifest goes first: what a kill leaves of it is then no checkpoint.
+            (run / "checkpoints" / f"step-{step}" / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(run / "checkpoints" / f"step-{step}", ignore_errors=True)
+    for unfinished in (run / "checkpoints").glob(".step-*.unfinished"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def newest_whole(run: Path, made_of: dict[str, Any] | None = None) -> Path | None:
+    """The checkpoint that a run goes on from: the newest that is whole and fits; None where the run has none yet.
+
+    Each newer one that is damaged or does not fit is named in a warning, and so is a `latest` that is missing, empty
+    or names another.
+
+    Args:
+        run: folder of the run.
+        made_of: what the model and data are made of now, see `check_made_of`; not compared if None.
 
     Raises:
-        ValueError: if checkpoints exist but `latest` does not name a whole one. Never a silent fresh start.
+        ValueError: if there are checkpoints, or the run once saved one, but none can be used. Never a silent fresh
+            start.
     """
+    steps = sorted(_steps(run), reverse=True)
     pointer = run / "latest"
-    if not pointer.exists():
-        if _steps(run):
-            raise ValueError(
-                f"{pointer} is missing, but {run / 'checkpoints'} holds checkpoints: write the name of one into it"
-            )
-        return None
-    folder = run / "checkpoints" / pointer.read_text().strip()
-    verify(folder)
-    return folder
+    named = pointer.read_text().strip() if pointer.is_file() else None
+    faults = []
+    for step in steps:
+        folder = run / "checkpoints" / f"step-{step}"
+        try:
+            verify(folder)
+            if made_of is not None:
+                check_made_of(folder, made_of)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            log.warning("not used: %s", fault)
+        if named is None:
+            log.warning("%s is missing; going on from the newest whole checkpoint, %s", pointer, folder.name)
+        elif named != folder.name:
+            log.warning("%s says '%s'; going on from %s, the newest whole checkpoint", pointer, named, folder.name)
+        return folder
+    if faults:
+        hint = "take another --run to begin anew" if len(faults) == 1 else "none can be used; take another --run"
+        raise ValueError(f"{'; '.join(faults)} ({hint})")
+    if named is not None or _once_saved(run):
+        raise ValueError(
+            f"{run} once saved a checkpoint, but {run / 'checkpoints'} holds none: bring it back, or take another "
+            "--run to begin anew"
+        )
+    return None
 
 
-def saved_step(run: Path) -> int | None:
-    """The step of the checkpoint that `latest` names."""
-    pointer = run / "latest"
-    return int(pointer.read_text().strip().removeprefix("step-")) if pointer.exists() else None
+def _once_saved(run: Path) -> bool:
+    try:
+        return json.loads((run / "status.json").read_text()).get("saved") is not None
+    except (OSError, ValueError):
+        return False
 
 
 def verify(folder: Path) -> None:
@@ -95,11 +204,18 @@ def verify(folder: Path) -> None:
         ValueError: naming the first file that is missing or differs from the manifest.
     """
     manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        raise ValueError(f"{folder}: not a whole checkpoint: manifest.json is missing")
-    for name, expected in json.loads(manifest.read_text()).items():
+    try:
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in json.loads(manifest.read_text()).items()}
+        missing = {"state.json", *TENSORS.values()} - expected.keys()
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: not a whole checkpoint: manifest.json is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):  # a flipped bit can make anything of it
+        raise ValueError(f"{manifest}: damaged, it is not the list of the checkpoint's files") from None
+    if missing:
+        raise ValueError(f"{manifest}: damaged, it does not list {', '.join(sorted(missing))}")
+    for name, (size_bytes, sha256) in expected.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if not path.is_file() or path.stat().st_size != size_bytes or _sha256(path) != sha256:
             raise ValueError(f"{path}: missing or damaged (size or sha256 differs from manifest.json)")
 
 
@@ -245,7 +361,8 @@ def _adam_step(engine) -> int:
 
 
 def _steps(run: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")]
+    names = [path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*")]
+    return [int(name) for name in names if name.isdigit()]
 
 
 def _sha256(path: Path) -> str:

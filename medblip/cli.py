@@ -16,6 +16,7 @@ from medblip.ask import AskOptions, ask
 from medblip.demo import DemoOptions, demo
 from medblip.evaluate import EvaluateOptions, evaluate
 from medblip.fetch import FetchOptions, fetch
+from medblip.ledger import LedgerOptions, ledger
 from medblip.plan import PlanOptions, plan
 
 DESCRIPTION = """MedBLIP reads a 3-D brain MRI with the text of a health record and answers in words.
@@ -23,7 +24,14 @@ DESCRIPTION = """MedBLIP reads a 3-D brain MRI with the text of a health record 
 Train with train.py, pack scans with `python -m sharding.build`; `medblip --version` prints the version.
 """
 
-COMMANDS = {EvaluateOptions: evaluate, AskOptions: ask, FetchOptions: fetch, PlanOptions: plan, DemoOptions: demo}
+COMMANDS = {
+    EvaluateOptions: evaluate,
+    AskOptions: ask,
+    FetchOptions: fetch,
+    PlanOptions: plan,
+    LedgerOptions: ledger,
+    DemoOptions: demo,
+}
 
 OneCommand = Union[  # noqa: UP007 - made from COMMANDS
     tuple(

@@ -197,6 +197,14 @@ class TrainConfig:
     """Steps between checkpoints. Training always ends with one."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0: none."""
+    step_timeout_s: float = 600.0
+    """Longest time for one thing (a micro-step, waiting for data); then the ranks name the culprit and end."""
+    max_skipped: float = 0.01
+    """Share of the training samples that may be unreadable; one sample always may. More end the run."""
+    max_nonfinite: int = 5
+    """Steps in a row whose loss or gradient is not finite, which are skipped; one more ends the run."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     read_threads: int = 2
@@ -212,12 +220,14 @@ class TrainConfig:
         if self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
         counts = ("steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every")
+        counts += ("max_nonfinite", "step_timeout_s")
         shares = ("record_dropout", "field_dropout", "query_dropout", "other_questions", "warmup_fraction", "dropout")
+        shares += ("max_skipped",)
         for names, fits, rule in (
             (counts, lambda value: value >= 1, "must be at least 1"),
             (shares, lambda value: 0 <= value < 1, "must be in [0, 1)"),
             (
-                ("learning_rate", "lora_learning_rate", "weight_decay", "dry_run"),
+                ("learning_rate", "lora_learning_rate", "weight_decay", "dry_run", "keep_every"),
                 lambda value: value >= 0,
                 "must not be negative",
             ),

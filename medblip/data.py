@@ -24,8 +24,13 @@ import torch
 from torch import Tensor
 
 from medblip.shards import Reader, Sample
-from medblip.text import Example
+from medblip.text import DIAGNOSIS_QUESTION, Example, render_prompt
 from medblip.words import Words
+
+SECONDS_BETWEEN_LOOKS = 0.2  # of a loader's user at whether it should stop waiting
+
+UNREADABLE = Example(render_prompt("", DIAGNOSIS_QUESTION), "unreadable", "", "", "", False)
+"""Words of a sample that could not be read: no record and no answer, so no loss counts it."""
 
 INTENSITY_MEAN, INTENSITY_STD = 0.45, 0.27
 """Volumes are scaled as the images that the 2-D towers were trained on (CLIP's, averaged over its channels)."""
@@ -101,6 +106,8 @@ class HostBatch:
     flat: Tensor
     words: dict[str, Tensor]
     copied: torch.cuda.Event | None
+    unreadable: dict[str, str]
+    """KEYs of samples that could not be read, and why: they are in the batch as a blank image without words."""
 
 
 def sample_draw(seed: int, epoch: int, key: str, purpose: str) -> random.Random:
@@ -150,10 +157,27 @@ class Loader:
         return self
 
     def __next__(self) -> HostBatch:
-        batch = self._ready.get()
-        if isinstance(batch, BaseException):
-            raise batch
-        return batch
+        return self.next_unless(lambda: False)
+
+    def next_unless(self, is_stopping: Callable[[], bool]) -> HostBatch | None:
+        """The next batch; None if `is_stopping` came true while waiting for it.
+
+        Raises:
+            ValueError, OSError, ...: what ended the thread.
+            RuntimeError: if the thread is gone without a word.
+        """
+        while True:
+            try:
+                batch = self._ready.get(timeout=SECONDS_BETWEEN_LOOKS)
+            except queue.Empty:
+                if is_stopping():
+                    return None
+                if not self._thread.is_alive() and self._ready.empty():
+                    raise RuntimeError("the loader's thread is dead") from None
+                continue
+            if isinstance(batch, BaseException):
+                raise batch
+            return batch
 
     def close(self) -> None:
         """Stops the thread and closes the reader."""
@@ -192,14 +216,38 @@ class Loader:
         buffer = self._buffers[slot]
         if buffer is None or buffer.numel() < num_voxels:
             buffer = self._buffers[slot] = torch.empty(num_voxels, dtype=torch.uint8, pin_memory=self._pin)
-        self._reader.volumes(samples, buffer.numpy())
-        examples = [
-            self._draw_example(self._reader.record(s), s, sample_draw(self._seed, epoch, s.key, "words"))
-            for s, epoch in zip(samples, epochs, strict=True)
-        ]
+        unreadable = self._fill(samples, buffer.numpy())
+        examples = []
+        for sample, epoch in zip(samples, epochs, strict=True):
+            example = UNREADABLE
+            if sample.key not in unreadable:
+                try:
+                    record = self._reader.record(sample)
+                    example = self._draw_example(record, sample, sample_draw(self._seed, epoch, sample.key, "words"))
+                except (ValueError, KeyError, TypeError, OSError) as error:
+                    unreadable[sample.key] = f"its record: {type(error).__name__}"  # its text may be in the message
+            examples.append(example)
         self._copied[slot] = torch.cuda.Event() if self._pin else None
         words = self._words.batch(examples, [sample.subject for sample in samples])
-        return HostBatch(samples, epochs, examples, buffer[:num_voxels], words, self._copied[slot])
+        return HostBatch(samples, epochs, examples, buffer[:num_voxels], words, self._copied[slot], unreadable)
+
+    def _fill(self, samples: list[Sample], flat: np.ndarray) -> dict[str, str]:
+        """Reads the volumes; one that cannot be read is left blank. Returns why, by KEY."""
+        try:
+            self._reader.volumes(samples, flat)
+            return {}
+        except (ValueError, OSError):
+            pass  # now one by one, to find which
+        unreadable, start = {}, 0
+        for sample in samples:
+            place = flat[start : start + sample.num_voxels]
+            start += sample.num_voxels
+            try:
+                self._reader.volumes([sample], place)
+            except (ValueError, OSError) as error:
+                place[:] = 0
+                unreadable[sample.key] = str(error)
+        return unreadable
 
 
 def to_device(

@@ -13,6 +13,7 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,13 +116,46 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; a collective."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+class Control:
+    """What the ranks agree on between steps, over the CPU, so that no GPU has to be waited for. All are collectives."""
+
+    def __init__(self, rank: Rank):
+        self._world = rank.world
+        self._group = dist.new_group(backend="gloo") if rank.world > 1 and rank.device.type == "cuda" else None
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank."""
+        if self._world == 1:
+            return list(flags)
+        values = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+        return values.bool().tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        if self._world == 1:
+            return [value]
+        values = [None] * self._world
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value."""
+        return self.gather(value)[0]
+
+
+def set_timeouts(timeout_s: float) -> None:
+    """Sets how long a collective may take in every process group, also in those that DeepSpeed makes.
+
+    DeepSpeed's groups do not take over the time-out that was given at start. The setter is private in torch; without
+    it the groups keep theirs (10 minutes for NCCL, 30 for gloo).
+    """
+    from torch.distributed import distributed_c10d
+
+    setter = getattr(distributed_c10d, "_set_pg_timeout", None)
+    if setter is not None and dist.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            setter(datetime.timedelta(seconds=timeout_s), group)
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

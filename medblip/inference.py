@@ -38,7 +38,7 @@ class Assistant:
             folder, run = path, path.parent.parent
             checkpoint.verify(folder)
         else:
-            folder, run = checkpoint.latest(path), path
+            folder, run = checkpoint.newest_whole(path), path
         if folder is None:
             raise ValueError(f"--model {path}: neither a run folder with a checkpoint nor a checkpoint")
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,11 +27,39 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step
     return schedule.learning_rate * factor
 
 
-def build_optimizer(model: nn.Module, schedule: Schedule, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters only: matrices decay, vectors do not; LoRA has a rate of its own, no decay.
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, whose `step` does nothing, moments included, while `skip` is set.
 
-    torch's own AdamW, because its state continues bit for bit after a resume (DeepSpeed's CPU Adam does not).
+    torch's own, because its state continues bit for bit after a resume (DeepSpeed's CPU Adam does not).
     """
+
+    skip = False
+
+    def step(self, closure=None):
+        """One update, or none."""
+        return None if self.skip else super().step(closure)
+
+
+class GradientCheck:
+    """Notes on the device, without waiting for it, whether a gradient of this rank was not finite."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+        for parameter in trainable(model).values():
+            parameter.register_hook(self._look)
+
+    def _look(self, gradient: torch.Tensor) -> None:
+        self._bad |= ~gradient.isfinite().all()
+
+    def take(self) -> bool:
+        """Whether there was one since the last call."""
+        found = bool(self._bad)
+        self._bad.zero_()
+        return found
+
+
+def build_optimizer(model: nn.Module, schedule: Schedule, device: torch.device) -> AdamW:
+    """AdamW over the trainable parameters: matrices decay, vectors do not; LoRA has a rate of its own, no decay."""
     parameters = trainable(model)
     lora = [p for name, p in parameters.items() if ".lora_" in name]
     rest = [p for name, p in parameters.items() if ".lora_" not in name]
@@ -40,7 +68,7 @@ def build_optimizer(model: nn.Module, schedule: Schedule, device: torch.device) 
         ([p for p in rest if p.dim() <= 1], schedule.learning_rate, 0.0),
         (lora, schedule.lora_learning_rate, 0.0),
     ]
-    return torch.optim.AdamW(
+    return AdamW(
         [{"params": p, "peak_lr": peak_lr, "weight_decay": decay} for p, peak_lr, decay in groups if p],
         lr=0.0,
         betas=(0.9, 0.98),

@@ -9,19 +9,22 @@ import dataclasses
 import fcntl
 import json
 import os
-import signal
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from medblip.config import TrainConfig
-from medblip.distributed import log
+from medblip.distributed import Rank, log
+from medblip.ledger import Appender
+from medblip.stopping import how_to_stop
 
 # Options that may change when a run goes on: none of them changes what is learned. Steps and global batch are
 # compared as they came out, with the checkpoint.
 FREE_ON_RESUME = {
     "data", "run", "deepspeed_config", "steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
+    "keep_every", "step_timeout_s", "max_skipped", "max_nonfinite",
     "log_every", "read_threads", "wandb", "dry_run", "local_rank",
 }  # fmt: skip
 
@@ -64,17 +67,35 @@ def check_same_run(stored: dict[str, Any], config: TrainConfig) -> None:
         raise ValueError(f"{config.run} was begun with other options: {'; '.join(differing)}; take another --run")
 
 
-def catch_signals() -> list[str]:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into an entry of the returned list; nothing is saved in the handler."""
-    caught: list[str] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda received, _: caught.append(signal.Signals(received).name))
-    return caught
+class Status:
+    """status.json: how a run is doing, for people and scripts; only rank 0 writes.
+
+    `state` is training, done, stopped or failed; a process that is killed cannot change it, and leaves `training`.
+    """
+
+    def __init__(self, run: Path, rank: Rank, steps: int):
+        self.path, self.is_main, self.steps = run / "status.json", rank.is_main, steps
+        self.saved: int | None = None
+        self._fixed = {"world_size": rank.world, "host": socket.gethostname(), "pid": os.getpid()}
+        self._fixed |= {"how_to_stop": how_to_stop()}
+        self._written_at = 0.0
+
+    def write(self, state: str, step: int, **more: Any) -> None:
+        """Writes it, while training at most once a second."""
+        now = time.monotonic()
+        if not self.is_main or (state == "training" and now - self._written_at < 1):
+            return
+        self._written_at = now
+        content = {"state": state, "step": step, "steps": self.steps, "saved": self.saved, **more, **self._fixed}
+        try:
+            write_json(self.path, content | {"updated": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", self.path, error)
 
 
 def keep_schedule(run: Path, config: TrainConfig, world_size: int) -> TrainConfig:
     """For a run that goes on: its steps, its global batch and, where the ranks allow it, its contrastive batch."""
-    if not (run / "latest").exists():
+    if not any((run / "checkpoints").glob("step-*")) or not (run / "config.json").exists():
         return config
     before = json.loads((run / "config.json").read_text())["schedule"]
     kept = {name: before[name] for name in ("steps", "global_batch") if getattr(config, name) is None}
@@ -92,7 +113,7 @@ class Progress:
         self.steps, self.global_batch = steps, global_batch
         self._path = run / "metrics.jsonl"
         _cut_back(self._path, first_step)
-        self._file = open(self._path, "a")  # noqa: SIM115 - open as long as the run
+        self._file = Appender(self._path)
         self._first_step, self._started_at = first_step, time.monotonic()
         self._logged_at, self._logged_step = self._started_at, first_step
         self._shown_at = 0.0
@@ -103,8 +124,20 @@ class Progress:
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True, leave=True)
         self._wandb = _start_wandb(run, config, first_step) if config.wandb else None
 
-    def step(self, step: int, losses: dict[str, float], lr: float, epoch: float, waited_s: float) -> None:
-        """Writes down one optimizer step (counted from 1); `waited_s` is the time spent waiting for data."""
+    def step(
+        self,
+        step: int,
+        losses: dict[str, float],
+        lr: float,
+        epoch: float,
+        waited_s: float,
+        more: dict[str, float],
+        stalled_s: float,
+    ) -> None:
+        """Writes down one optimizer step (counted from 1).
+
+        `waited_s` is the time spent waiting for data, `stalled_s` that for which saving held training up.
+        """
         now = time.monotonic()
         elapsed_s = now - self._logged_at
         record = {
@@ -114,10 +147,12 @@ class Progress:
             "samples_per_s": round((step - self._logged_step) * self.global_batch / elapsed_s, 3),
             "data_wait_fraction": round(min(1.0, waited_s / elapsed_s), 4),
             "epoch": round(epoch, 4),
+            **more,
         }
+        if stalled_s:
+            record["save_stall_s"] = round(stalled_s, 4)
         self._logged_at, self._logged_step = now, step
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._file.append((json.dumps(record) + "\n").encode())
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in record.items() if name != "step"}, step=step)
         left_s = (now - self._started_at) / (step - self._first_step) * (self.steps - step)

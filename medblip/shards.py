@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +70,11 @@ class ShardIndex:
             if self.remote is None:
                 _check_size(self.shards[number], shard["bytes"])
             self._samples.setdefault(shard["split"], []).extend(_samples_of(shard.pop("samples"), number))
+        keys = Counter(sample.key for samples in self._samples.values() for sample in samples)
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise ValueError(
+                f"{self.folder}/index.json: the same KEY stands twice: {', '.join(twice[:5])}; build again"
+            )
 
     @property
     def grid_size(self) -> int:
@@ -109,6 +115,10 @@ class ShardIndex:
         """Refuses shards of a URL that are too large to be in this node's cache together."""
         if self.cache is not None:
             self.cache.check_fits(sum(self._entries[shard]["bytes"] for shard in shards))
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is no number of a record")
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -175,7 +185,7 @@ class Reader:
     def record(self, sample: Sample) -> dict:
         """The sample's KEY.json."""
         offset, size = sample.record
-        return json.loads(os.pread(self._file(sample.shard).result(), size, offset))
+        return json.loads(os.pread(self._file(sample.shard).result(), size, offset), parse_constant=_refuse)
 
     def volumes(self, samples: list[Sample], flat: np.ndarray) -> None:
         """Fills `flat` (uint8) with the samples' voxels, one after the other.

@@ -29,12 +29,12 @@ srun --kill-on-bad-exit=0 --wait=60 \
 
 restarts=${SLURM_RESTART_COUNT:-0}
 max_restarts=${MEDBLIP_MAX_RESTARTS:-100}
-if [ "$status" -eq 85 ]; then
+if [ "$status" -eq 85 ] || [ "$status" -eq 86 ]; then # 86: a rank died or hung
     if [ "$restarts" -lt "$max_restarts" ]; then
-        echo "saved before the end: back into the queue (restart $((restarts + 1)) of at most $max_restarts)"
+        echo "ended early with $status: back into the queue (restart $((restarts + 1)) of at most $max_restarts)"
         scontrol requeue "$SLURM_JOB_ID"
         exit 0
     fi
-    echo "saved before the end, but already restarted $restarts times: sbatch it again to go on" >&2
+    echo "ended early with $status, but already restarted $restarts times: sbatch it again to go on" >&2
 fi
 exit "$status"

@@ -282,28 +282,49 @@ def test_words_depend_on_epoch_and_key_and_not_on_the_batch(shards):
     assert any(by_four[0, key] != by_four[1, key] for _, key in by_four)  # fields are dropped anew in each epoch
 
 
-def test_an_error_of_the_reader_is_raised_where_training_asks_for_the_batch(folder, tmp_path):
+def test_a_damaged_sample_is_left_blank_and_named_and_the_others_are_read(folder, tmp_path):
     copy = shutil.copytree(folder / "zstd", tmp_path / "copy")
     index = ShardIndex(copy)
     damaged = index.samples("train")[0]
     with open(index.shards[damaged.shard], "r+b") as file:
         file.seek(damaged.volume[0])
         file.write(b"\0\0\0\0")
-    loader = load(index, endless(3))
-    with pytest.raises(ValueError, match=damaged.key):
-        for _ in range(NUM_BLOBS // 3):
-            next(loader)
+    whole, loader = load(ShardIndex(folder / "zstd"), endless(3)), load(index, endless(3))
+    found = {}
+    for _ in range(NUM_BLOBS // 3):
+        batch, expected = next(loader), next(whole)
+        found |= batch.unreadable
+        start = 0
+        for row, sample in enumerate(batch.samples):
+            place = slice(start, start + sample.num_voxels)
+            start = place.stop
+            if sample.key == damaged.key:
+                assert not batch.flat[place].any()
+                assert not batch.words["is_answer_BA"][row].any() and not batch.words["is_record_BT"][row].any()
+            else:
+                assert torch.equal(batch.flat[place], expected.flat[place])
+    assert list(found) == [damaged.key] and "damaged" in found[damaged.key]
     loader.close()
-    assert not loader._thread.is_alive()
+    whole.close()
 
 
-def test_an_error_in_the_words_is_raised_too(shards):
+def test_a_record_without_its_fields_is_a_sample_that_cannot_be_read_and_shows_no_text(shards):
     def fail(record, sample, draw):
-        raise KeyError("fields")
+        raise KeyError("the text of a record")
 
     loader = load(ShardIndex(shards), endless(3), draw=fail)
-    with pytest.raises(KeyError, match="fields"):
+    batch = next(loader)
+    assert set(batch.unreadable) == {sample.key for sample in batch.samples}
+    assert not any("text" in why for why in batch.unreadable.values())
+    loader.close()
+
+
+def test_a_loader_whose_thread_died_says_so_and_one_that_waits_can_be_stopped(shards):
+    loader = load(ShardIndex(shards), iter([[0, 1]]))  # its thread ends after one batch
+    next(loader)
+    with pytest.raises(RuntimeError, match="the loader's thread is dead"):
         next(loader)
+    assert loader.next_unless(lambda: True) is None
     loader.close()
 
 

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from tiny import PRESETS, make_batch, tiny_model, tiny_words
 
 from medblip import distributed
-from medblip.distributed import any_rank, gather, locked, mean_over_ranks, world_size
+from medblip.distributed import Control, Rank, gather, locked, mean_over_ranks, set_timeouts, world_size
 from medblip.losses import contrastive_loss, language_loss
 from medblip.model import trainable
 
@@ -61,6 +61,8 @@ def one_of_two(rank: int, folder: Path) -> None:
     """What each of the two processes does; the results go to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    set_timeouts(120)
+    control = Control(Rank(rank, WORLD, rank, torch.device("cpu")))
     half = slice(3 * rank, 3 * rank + 3)
     mine = VALUES[rank].clone().requires_grad_()
     gathered = gather(mine)
@@ -69,7 +71,9 @@ def one_of_two(rank: int, folder: Path) -> None:
         "world": world_size(),
         "gathered": gathered.detach(),
         "gather_gradient": mine.grad,
-        "any": [any_rank(flag, torch.device("cpu")) for flag in (False, True, rank == 0, rank == 1)],
+        "any": control.any(False, True, rank == 0, rank == 1),
+        "all": control.gather({"rank": rank}),
+        "main": control.from_main(f"of rank {rank}"),
         "mean": mean_over_ranks(VALUES[rank]),
         "contrast": {name: contrast(name, half) for name in CONTRASTS},
         "answers": answers(half),
@@ -99,8 +103,10 @@ def test_gather_returns_the_gradient_of_every_rank(ranks):
         assert torch.allclose(rank["gather_gradient"], WEIGHTS.sum(0)[3 * number : 3 * number + 3])
 
 
-def test_any_rank_hears_of_a_flag_on_either(ranks):
-    assert [rank["any"] for rank in ranks] == [[False, True, True, True]] * 2
+def test_every_rank_hears_of_a_flag_on_any_and_of_what_the_others_say(ranks):
+    for rank in ranks:
+        assert rank["any"] == [False, True, True, True]
+        assert rank["all"] == [{"rank": 0}, {"rank": 1}] and rank["main"] == "of rank 0"
 
 
 def test_mean_over_ranks_is_the_same_on_both_and_leaves_its_input(ranks):
@@ -142,7 +148,8 @@ def test_the_model_over_two_ranks_equals_one_rank_with_both_batches(ranks, prese
 def test_one_process_without_a_group_is_a_world_of_one():
     values = torch.ones(2, 3, requires_grad=True)
     assert world_size() == 1 and gather(values) is values
-    assert any_rank(True, torch.device("cpu")) and not any_rank(False, torch.device("cpu"))
+    control = Control(Rank(0, 1, 0, torch.device("cpu")))
+    assert control.any(True, False) == [True, False] and control.gather(7) == [7] and control.from_main(7) == 7
     assert torch.equal(mean_over_ranks(values), values)
     distributed.barrier()
 

@@ -14,17 +14,17 @@ from conftest import ROOT
 # A module imports only from rows above its own. A name may stand here before its module exists.
 LAYERS = [
     ["config"],
-    ["distributed", "schedule", "text", "dicom"],
-    ["image", "remote"],
+    ["distributed", "schedule", "text", "dicom", "stopping"],
+    ["image", "remote", "watch", "tally"],
     ["volume", "cache"],
     ["towers"],
     ["words", "pretrained"],
     ["shards"],
     ["data", "vision", "qformer", "language", "losses"],
-    ["model"],
+    ["model", "ledger"],
     ["optim", "checkpoint"],
     ["preview", "progress"],
-    ["inference"],
+    ["inference", "failure"],
     ["metrics", "pictures", "report", "explain"],
     ["ask", "evaluate", "compare", "serve", "export", "plan", "fetch"],
     ["demo", "doctor"],
@@ -42,7 +42,7 @@ FENCES = {
 }
 
 CORE_STORY = ["medblip/config.py", "train.py", "medblip/data.py", "medblip/model.py"]
-CORE_STORY_MAX_LINES = 1000
+CORE_STORY_MAX_LINES = 1050
 
 SOURCES = sorted([ROOT / "train.py", *ROOT.glob("medblip/**/*.py"), *ROOT.glob("sharding/**/*.py")])
 every_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, free_port
 
-CHANGES_WITH_TIME = {"samples_per_s", "data_wait_fraction"}
+STATE_FILES = ("weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors")
+CHANGES_WITH_TIME = {"samples_per_s", "data_wait_fraction", "save_stall_s"}
 
 
 def train_command(shards, run, *options, launcher=(sys.executable,), engine="zero2_fp32"):
@@ -61,7 +63,7 @@ def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(made_up_shards,
     assert "going on from" in again.stderr
     assert metrics(run) == metrics(uninterrupted)
     assert [record["step"] for record in metrics(run)] == list(range(1, 9))
-    for name in ("weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"):
+    for name in STATE_FILES:
         one, other = (folder / "checkpoints" / "step-8" / name for folder in (run, uninterrupted))
         assert one.read_bytes() == other.read_bytes(), f"{name} differs"
 
@@ -85,7 +87,7 @@ def test_the_checkpoint_holds_what_training_changed_and_nothing_else(uninterrupt
 
     folder = uninterrupted / "checkpoints/step-8"
     num_values = 0
-    for name in ("weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"):
+    for name in STATE_FILES:
         with safe_open(folder / name, "pt") as file:
             num_values += sum(file.get_tensor(key).numel() for key in file.keys())
             assert not any("encoder.layers" in key or "wte" in key or "lm_head" in key for key in file.keys())
@@ -98,19 +100,43 @@ def test_other_options_on_resume_are_refused_by_name_and_value(made_up_shards, u
     assert "--ehr was demographics, now staging" in refused.stderr
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(made_up_shards, uninterrupted, tmp_path):
-    import shutil
-
+def test_after_a_damaged_checkpoint_the_one_before_is_used_out_loud_and_the_end_is_the_same(
+    made_up_shards, uninterrupted, tmp_path
+):
     run = tmp_path / "damaged"
     shutil.copytree(uninterrupted, run)
-    weights = run / "checkpoints/step-8/weights.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
-    refused = run_training(made_up_shards, run, "--steps", 8, code=1)
-    assert "weights.safetensors: missing or damaged" in refused.stderr
+    flip_a_bit(run / "checkpoints/step-8/weights.safetensors")
     (run / "latest").unlink()
-    assert "latest is missing" in run_training(made_up_shards, run, "--steps", 8, code=1).stderr
+    log = run_training(made_up_shards, run, "--steps", 8, "--checkpoint-every", 3).stderr
+    assert "not used: " in log and "step-8/weights.safetensors: missing or damaged" in log
+    assert "latest is missing" in log and "going on from the newest whole checkpoint, step-6" in log
+    assert metrics(run) == metrics(uninterrupted)
+    for name in STATE_FILES:
+        assert (run / "checkpoints/step-8" / name).read_bytes() == (
+            uninterrupted / "checkpoints/step-8" / name
+        ).read_bytes()
+    ledger = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "medblip.cli", "ledger", str(run), "--json"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
+    assert (ledger["steps"], ledger["restarts"], ledger["steps_done_again"], ledger["faults"]) == (8, 1, 2, [])
+    for folder in (run / "checkpoints").iterdir():
+        flip_a_bit(folder / "state.json")
+    refused = run_training(made_up_shards, run, "--steps", 8, code=1).stderr
+    assert "step-8/state.json" in refused and "step-6/state.json" in refused and "take another --run" in refused
+    shutil.rmtree(run / "checkpoints")
+    assert "once saved a checkpoint" in run_training(made_up_shards, run, "--steps", 8, code=1).stderr
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])

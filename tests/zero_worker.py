@@ -15,9 +15,9 @@ engines = []
 real_step = train.train_step
 
 
-def watched_step(engine, *rest):
-    engines.append(engine)
-    losses = real_step(engine, *rest)
+def watched_step(parts, *rest):
+    engines.append(parts.engine)
+    losses = real_step(parts, *rest)
     if len(engines) == int(os.environ["STOP_AFTER"]):
         os.kill(os.getpid(), signal.SIGTERM)
     return losses

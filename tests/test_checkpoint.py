@@ -1,0 +1,133 @@
+"""Which checkpoint is used, which are kept, and what a disk that fails does."""
+
+import hashlib
+import json
+import logging
+
+import pytest
+import torch
+
+from medblip import checkpoint
+from medblip.distributed import Rank
+
+MADE_OF = {"recipe": {"size": 48}, "global_batch": 4}
+RANK = Rank(0, 1, 0, torch.device("cpu"))
+
+
+def write(run, step, **state):
+    tensors = {kind: {"w": torch.full((3,), float(step))} for kind in checkpoint.TENSORS}
+    folder = checkpoint.write_folder(run, tensors, {"step": step, "adam_step": step, **MADE_OF, **state})
+    checkpoint.point_latest(run, folder.name)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    for step in (2, 4, 6):
+        write(tmp_path, step)
+    return tmp_path
+
+
+def files_of(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at % len(content)] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path, _):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove(path, _):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, remove])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", *checkpoint.TENSORS.values()])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run, name, damage, caplog):
+    for at in (0, 7, -1):
+        path = run / "checkpoints/step-6" / name
+        before = path.read_bytes()
+        damage(path, at)
+        caplog.clear()
+        assert checkpoint.newest_whole(run, MADE_OF).name == "step-4"
+        assert f"step-6/{name}" in caplog.text or (
+            name == "manifest.json" and "manifest.json is missing" in caplog.text
+        )
+        assert "says 'step-6'; going on from step-4" in caplog.text
+        path.write_bytes(before)
+    assert checkpoint.newest_whole(run, MADE_OF).name == "step-6"
+
+
+@pytest.mark.parametrize("content", [None, "", "step-2\n", "step-99\n", "nonsense"])
+def test_latest_missing_empty_stale_or_wrong_is_said_and_the_newest_is_used(run, content, caplog):
+    (run / "latest").unlink()
+    if content is not None:
+        (run / "latest").write_text(content)
+    assert checkpoint.newest_whole(run, MADE_OF).name == "step-6"
+    assert str(run / "latest") in caplog.text and "step-6" in caplog.text
+
+
+def test_a_checkpoint_of_another_config_is_named_with_both_values_and_the_one_before_is_used(run, caplog):
+    write(run, 8, recipe={"size": 96})
+    assert checkpoint.newest_whole(run, MADE_OF).name == "step-6"
+    assert "step-8 does not fit: recipe was {'size': 96}, now {'size': 48}" in caplog.text
+
+
+def test_there_is_never_a_silent_fresh_start(run):
+    for folder in (run / "checkpoints").iterdir():
+        flip(folder / "state.json", 3)
+    with pytest.raises(ValueError, match="step-6/state.json.*step-2/state.json.*another --run"):
+        checkpoint.newest_whole(run, MADE_OF)
+    for folder in (run / "checkpoints").iterdir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    with pytest.raises(ValueError, match="once saved a checkpoint"):
+        checkpoint.newest_whole(run, MADE_OF)
+    (run / "latest").unlink()
+    (run / "status.json").write_text(json.dumps({"saved": 6}))
+    with pytest.raises(ValueError, match="once saved a checkpoint"):
+        checkpoint.newest_whole(run, MADE_OF)
+    (run / "status.json").write_text(json.dumps({"saved": None}))
+    assert checkpoint.newest_whole(run, MADE_OF) is None
+
+
+def test_the_newest_and_every_mth_are_kept(run):
+    for step in (8, 10, 12):
+        write(run, step)
+    (run / "checkpoints/.step-14.unfinished").mkdir()
+    checkpoint.prune(run, keep=2, keep_every=4)
+    assert files_of(run / "checkpoints") == ["step-10", "step-12", "step-4", "step-8"]
+    checkpoint.prune(run, keep=1, keep_every=0)
+    assert files_of(run / "checkpoints") == ["step-12"]
+
+
+def test_a_write_that_fails_is_a_warning_and_leaves_what_was_there(run, monkeypatch, caplog):
+    real, broken = checkpoint.save_file, [True]
+
+    def save_file(tensors, path):
+        real(tensors, path)
+        if broken[0] and "exp_avg" in str(path):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(
+        checkpoint, "_collect", lambda engine, rank: {k: {"w": torch.ones(3)} for k in checkpoint.TENSORS}
+    )
+    monkeypatch.setattr(checkpoint, "_adam_step", lambda engine: 8)
+    before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.rglob("*") if path.is_file()}
+    writer = checkpoint.Writer(run, RANK, keep=2, saved_step=6)
+    with caplog.at_level(logging.INFO):
+        writer.save(None, {"step": 8, **MADE_OF})
+        assert not writer.wait() and writer.saved_step == 6
+    assert "No space left on device" in caplog.text and "training goes on" in caplog.text
+    assert {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.rglob("*") if p.is_file()} == before
+    assert checkpoint.newest_whole(run, MADE_OF).name == "step-6"
+    broken[0] = False
+    writer.save(None, {"step": 8, **MADE_OF})
+    assert writer.wait() and checkpoint.newest_whole(run, MADE_OF).name == "step-8"
