@@ -85,7 +85,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     samples = balance(index.samples("train"), config.balance_classes, config.balance_subjects)
     config = keep_schedule(run, config, rank.world)
     schedule, notes = plan_schedule(config, len(samples), rank.world)
-    engine_config = load_deepspeed_config(config.deepspeed_config, schedule, run)
+    engine_config = load_deepspeed_config(config.deepspeed_config, schedule)
     for note in notes:
         log.info(note)
     model_config = config.model_config()

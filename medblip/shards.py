@@ -58,7 +58,12 @@ class ShardIndex:
 
             self.remote, self.cache = Remote(str(folder)), Cache()
         self.folder: Path | str = self.remote.url if self.remote else Path(folder)
-        content = json.loads(self.read("index.json"))
+        try:
+            content = json.loads(self.read("index.json"))
+        except json.JSONDecodeError:
+            raise ValueError(
+                f"{self.folder}/index.json: damaged, no JSON; fetch or build the folder again"
+            ) from None
         self.recipe: dict = content["recipe"]
         self.recipe_id: str = content["recipe_id"]
         self.codec: str = content["codec"]
