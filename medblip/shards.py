@@ -61,9 +61,7 @@ class ShardIndex:
         try:
             content = json.loads(self.read("index.json"))
         except json.JSONDecodeError:
-            raise ValueError(
-                f"{self.folder}/index.json: damaged, no JSON; fetch or build the folder again"
-            ) from None
+            raise ValueError(f"{self.folder}/index.json: damaged, no JSON; fetch or build the folder again") from None
         self.recipe: dict = content["recipe"]
         self.recipe_id: str = content["recipe_id"]
         self.codec: str = content["codec"]
