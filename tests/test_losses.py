@@ -305,7 +305,7 @@ def test_a_split_without_any_diagnosis_can_be_balanced():
 def test_a_weight_reaches_the_language_loss_and_no_other():
     model, batch = tiny_model("tiny"), make_batch(tiny_words("tiny"), 0, 3)
     weighted = [sample("a", None)._replace(weight=weight) for weight in (3.0, 0.5, 0.0)]
-    host = HostBatch(weighted, [0] * 3, [], torch.zeros(3, dtype=torch.uint8), {}, None)
+    host = HostBatch(weighted, [0] * 3, [], torch.zeros(3, dtype=torch.uint8), {}, None, {})
     names = [name for name in vars(batch) if name not in ("keys", "volume_BXYZ", "weight_B")]
     host.words.update({name: getattr(batch, name) for name in names})
     sent = to_device(host, GRID, torch.device("cpu"), torch.float32, None)
