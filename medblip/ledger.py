@@ -10,8 +10,6 @@ cut, what was skipped and why, and is cut back alike.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,47 +19,11 @@ from typing import Any
 
 from tyro.conf import Positional
 
-log = logging.getLogger("medblip")
+from medblip import lines
+from medblip.lines import Appender, read_records
 
 HEAD = struct.Struct("<4sIII")  # magic, step, number of KEYs, crc32 of the rest
 MAGIC = b"step"
-
-
-class Appender:
-    """Appends to a file that a full or failing disk must not end the run for: what could not be written is kept.
-
-    A write that fails is said once, kept in memory and tried again with the next one; nothing is written twice.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._pending = b""
-        self._failing = False
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
-
-    def append(self, content: bytes) -> None:
-        """Appends, now or when the disk allows it."""
-        self._pending += content
-        try:
-            while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
-            self._failing = False
-        except OSError as error:
-            if not self._failing:
-                log.warning("%s cannot be written (%s): training goes on, and it is tried again", self.path, error)
-            self._failing = True
-
-    def sync(self) -> None:
-        """Brings what was appended to the disk."""
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            log.warning("%s could not be brought to the disk (%s)", self.path, error)
-
-    def close(self) -> None:
-        """Tries once more what is pending, and closes."""
-        self.append(b"")
-        self._file.close()
 
 
 class Ledger:
@@ -123,28 +85,12 @@ def cut_back(run: Path, step: int) -> int:
                 end = record_end if record_step <= step else end
             file.truncate(end)
     events = folder / "events.jsonl"
-    if events.exists():
-        kept = [json.dumps(event) + "\n" for event in read_events(run) if event["step"] <= step]
-        unfinished = events.with_name(".events.unfinished")
-        unfinished.write_text("".join(kept))
-        os.replace(unfinished, events)
+    lines.cut_back(events, step)
     folder.mkdir(parents=True, exist_ok=True)
     with open(events, "a") as file:
         event = {"step": step, "what": "start", "steps_done_again": last - step}
         file.write(json.dumps(event) + "\n")
     return last - step
-
-
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events of a run; a torn last line is left out."""
-    path = run / "ledger" / "events.jsonl"
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return events
 
 
 def read(run: Path) -> dict[int, list[str]]:
@@ -251,7 +197,7 @@ def compare(run: Path, data: str | None = None) -> dict[str, Any]:
     samples = ShardIndex(data or config["train"]["data"]).samples("train")
     stream = SampleStream([sample.shard for sample in samples], config["train"]["seed"])
     global_batch = config["schedule"]["global_batch"]
-    steps, events, faults = read(run), read_events(run), []
+    steps, events, faults = read(run), read_records(run / "ledger" / "events.jsonl"), []
     if not steps:
         raise ValueError(f"{run}/ledger holds no step")
     done = max(steps)
@@ -295,7 +241,7 @@ def _brief(names: list) -> str:
 
 
 def _sentences(result: dict[str, Any]) -> str:
-    lines = [
+    sentences = [
         f"{result['steps']} steps, {result['samples']} samples of {result['samples_per_epoch']} per epoch, "
         f"{result['restarts']} restarts, {result['steps_done_again']} steps done again",
         f"{result['epochs_complete']} epochs complete, {result['samples_of_epoch_in_hand']} samples into the next",
@@ -306,5 +252,5 @@ def _sentences(result: dict[str, Any]) -> str:
         *(f"FAULT: {fault}" for fault in result["faults"]),
     ]
     if not result["faults"]:
-        lines.append("every sample exactly once per epoch, in the planned order")
-    return "\n".join(lines)
+        sentences.append("every sample exactly once per epoch, in the planned order")
+    return "\n".join(sentences)

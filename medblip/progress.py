@@ -17,7 +17,7 @@ from typing import Any
 
 from medblip.config import TrainConfig
 from medblip.distributed import Rank, log
-from medblip.ledger import Appender
+from medblip.lines import Appender, cut_back
 from medblip.stopping import how_to_stop
 
 # Options that may change when a run goes on: none of them changes what is learned. Steps and global batch are
@@ -112,7 +112,7 @@ class Progress:
         """Cuts metrics.jsonl back to the steps before `first_step`, so that each step stands in it once."""
         self.steps, self.global_batch = steps, global_batch
         self._path = run / "metrics.jsonl"
-        _cut_back(self._path, first_step)
+        cut_back(self._path, first_step)
         self._file = Appender(self._path)
         self._first_step, self._started_at = first_step, time.monotonic()
         self._logged_at, self._logged_step = self._started_at, first_step
@@ -173,22 +173,6 @@ class Progress:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _cut_back(path: Path, first_step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # torn by a kill: everything after it is redone anyway
-            break
-        if record["step"] <= first_step:
-            kept.append(line + "\n")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, path)
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from medblip import ledger
 from medblip.data import SampleStream
+from medblip.lines import Appender
 from medblip.shards import ShardIndex
 
 GLOBAL_BATCH = 4
@@ -116,7 +117,7 @@ def test_what_a_full_disk_refused_is_written_when_it_has_room_again(tmp_path, ca
         def close(self):
             self.file.close()
 
-    appender = ledger.Appender(tmp_path / "file")
+    appender = Appender(tmp_path / "file")
     disk = appender._file = Full(appender._file)
     appender.append(b"hello ")
     appender.append(b"world")
