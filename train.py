@@ -274,8 +274,8 @@ def train_step(parts: Parts, loader, config: TrainConfig, schedule: Schedule, st
             engine.step()
     watch.doing("in the optimizer step", step + 1)
     means = dict(zip(losses, mean_over_ranks(total).tolist(), strict=True))
-    is_bad = not all(map(math.isfinite, means.values()))
-    is_bad, is_unreadable = parts.control.any(is_bad or parts.gradients.take(), bool(unreadable))
+    is_bad = parts.gradients.take() or not all(map(math.isfinite, means.values()))
+    is_bad, is_unreadable = parts.control.any(is_bad, bool(unreadable))
     parts.optimizer.skip = is_bad
     engine.step()
     return StepResult(means, keys, waited_s, unreadable, is_unreadable, is_bad)

@@ -139,6 +139,36 @@ def flip_a_bit(path):
     path.write_bytes(content)
 
 
+# The volumes of the second step are not numbers.
+POISONED = """
+import train
+from medblip import data
+real, calls = data.to_device, []
+def to_device(*rest):
+    batch = real(*rest)
+    calls.append(0)
+    if len(calls) == 3:  # accumulation is 2: the first micro-step of step 2
+        batch.volume_BXYZ.fill_(float("nan"))
+    return batch
+data.to_device = to_device
+raise SystemExit(train.main())
+"""
+
+
+def test_a_step_that_is_not_finite_changes_nothing_is_named_and_only_that_step_is_skipped(made_up_shards, tmp_path):
+    run = tmp_path / "poisoned"
+    command = train_command(made_up_shards, run, "--steps", "4", "--checkpoint-every", "1", "--keep-checkpoints", "9")
+    command[1:2] = ["-c", POISONED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 2 is skipped: a loss or a gradient is not finite" in done.stderr
+    assert [record.get("steps_skipped", 0) for record in metrics(run)] == [0, 1, 1, 1]
+    saved = [[(run / f"checkpoints/step-{step}" / name).read_bytes() for name in STATE_FILES] for step in range(1, 5)]
+    assert saved[0] == saved[1] and saved[1] != saved[2] and saved[2] != saved[3]
+    events = [json.loads(line) for line in (run / "ledger/events.jsonl").read_text().splitlines()]
+    assert [(event["step"], len(event["keys"])) for event in events if event["what"] == "step skipped"] == [(2, 4)]
+
+
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_and_says_how_to_go_on(made_up_shards, tmp_path, received):
     run = tmp_path / "stopped"
