@@ -56,8 +56,9 @@ def main() -> int:
         return code
     except Exception as error:
         # Not a plain return: other ranks may be in a collective that never ends, and torch's clean-up waits for it.
+        code = report(error, config, rank, watch)
         logging.shutdown()
-        os._exit(report(error, config, rank, watch))
+        os._exit(code)
 
 
 def train(config: TrainConfig, rank, stopping, watch) -> int:
@@ -68,7 +69,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
 
     from medblip import checkpoint, ledger
     from medblip.data import Loader, SampleStream
-    from medblip.distributed import Control, log, set_timeouts
+    from medblip.distributed import Control, barrier, log, set_timeouts
     from medblip.losses import balance
     from medblip.model import MedBLIP
     from medblip.optim import GradientCheck, build_optimizer, set_learning_rate
@@ -77,6 +78,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     from medblip.shards import Reader, ShardIndex
     from medblip.stopping import SAVED_RUN_ME_AGAIN
     from medblip.tally import Tally
+    from medblip.watch import SLOW_S
     from medblip.words import build_words
 
     run = Path(config.run)
@@ -138,7 +140,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))  # torch's AdamW, under a class of our own
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config)
-    set_timeouts(2 * max(config.step_timeout_s, 1800))  # the watch speaks first, and names the culprit
+    set_timeouts(2 * max(config.step_timeout_s, SLOW_S))  # the watch speaks first, and names the culprit
     if folder is not None:
         checkpoint.load_engine(folder, engine)
     if control.any(stopping.wanted)[0]:
@@ -158,7 +160,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
         progress = Progress(run, config, step, schedule.steps, schedule.global_batch)
     status.saved = step or None
     status.write("training", step)
-    control.from_main(None)  # nobody writes into the ledger before it is cut back
+    barrier()  # nobody writes into the ledger before it is cut back
     layout = {"rank": rank.index, "world": rank.world}
     layout |= {"micro_batch": schedule.micro_batch, "accumulation": schedule.accumulation}
     account = ledger.Ledger(run, step, layout)
@@ -167,7 +169,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     tally = Tally(math.ceil(config.max_skipped * len(samples)), config.max_nonfinite)
 
     def save() -> float:
-        watch.doing("saving", step, max(config.step_timeout_s, 1800))
+        watch.doing("saving", step, is_slow=True)
         account.sync()
         state = {
             "step": step,
@@ -190,7 +192,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
         account.step(step, result.keys)
         tally.add(step, result, control, account)
         if step % config.checkpoint_every == 0 or step == schedule.steps:
-            stalled_s = save()
+            stalled_s += save()
         if progress is not None and (step % config.log_every == 0 or step == schedule.steps):
             epoch = step * schedule.global_batch / len(samples)
             progress.step(step, result.losses, lr, epoch, waited_s, tally.counts(), stalled_s)
@@ -199,7 +201,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
         status.write("training", step)
     loader.close()
     done = step == schedule.steps
-    watch.doing("saving", step, max(config.step_timeout_s, 1800))
+    watch.doing("saving", step, is_slow=True)
     writer.wait()
     if step and control.any(rank.is_main and writer.saved_step != step)[0]:  # also a save that failed before
         save()

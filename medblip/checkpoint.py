@@ -83,13 +83,10 @@ class Writer:
             prune(self.run, self.keep, self.keep_every)
         except OSError as error:
             self.error = error
+            newest = f"that of step {self.saved_step}" if self.saved_step else "an older one or none"
             log.warning(
                 "the checkpoint of step %d could not be written (%s): training goes on; the newest checkpoint is %s",
-                *(
-                    state["step"],
-                    error,
-                    f"that of step {self.saved_step}" if self.saved_step else "an older one or none",
-                ),
+                *(state["step"], error, newest),
             )
 
 
@@ -180,8 +177,7 @@ def newest_whole(run: Path, made_of: dict[str, Any] | None = None) -> Path | Non
             log.warning("%s says '%s'; going on from %s, the newest whole checkpoint", pointer, named, folder.name)
         return folder
     if faults:
-        hint = "take another --run to begin anew" if len(faults) == 1 else "none can be used; take another --run"
-        raise ValueError(f"{'; '.join(faults)} ({hint})")
+        raise ValueError(f"{'; '.join(faults)}: no checkpoint can be used; take another --run to begin anew")
     if named is not None or _once_saved(run):
         raise ValueError(
             f"{run} once saved a checkpoint, but {run / 'checkpoints'} holds none: bring it back, or take another "

@@ -10,7 +10,7 @@ import torch
 
 from medblip.config import TrainConfig
 from medblip.distributed import Rank, log
-from medblip.progress import write_json
+from medblip.progress import RunIsLocked, write_json
 from medblip.watch import RUN_ME_AGAIN, Watch
 
 FAILED = 1
@@ -34,12 +34,11 @@ def report(error: Exception, config: TrainConfig, rank: Rank, watch: Watch) -> i
         log.error(
             "train.py: %s; ending with code %d: start it again, it goes on from the last checkpoint", message, code
         )
-    if rank.is_main:
+    if rank.is_main and not isinstance(error, RunIsLocked):
         path = Path(config.run) / "status.json"
         try:
             status = json.loads(path.read_text()) if path.exists() else {}
-            if "another job is training here" not in message:
-                write_json(path, status | {"state": "failed", "error": message, "exit_code": code})
+            write_json(path, status | {"state": "failed", "error": message, "exit_code": code})
         except (OSError, ValueError):
             pass  # the disk may be what failed; the log has it
     return code

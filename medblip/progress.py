@@ -29,18 +29,22 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+class RunIsLocked(ValueError):
+    """Another job trains in the run folder, and what stands there is that job's."""
+
+
 def lock(run: Path):
     """Locks a run folder for this job; the lock lives as long as the returned file is open.
 
     Raises:
-        ValueError: if another job holds it.
+        RunIsLocked: if another job holds it.
     """
     run.mkdir(parents=True, exist_ok=True)
     file = open(run / ".lock", "w")  # noqa: SIM115 - open as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{run}: another job is training here; wait for it, stop it, or take another --run") from None
+        raise RunIsLocked(f"{run}: another job is training here; wait for it, stop it, or take another --run") from None
     return file
 
 

@@ -21,6 +21,9 @@ from medblip.distributed import Rank, log
 RUN_ME_AGAIN = 86
 """Exit code of a rank that ends because another died or hangs: what is on the disk is good, start it again."""
 
+SLOW_S = 1800.0
+"""What loading the towers, the first step or a save may take, where the time-out is shorter."""
+
 
 class Watch:
     """Watches this rank's main thread and the other ranks.
@@ -34,7 +37,7 @@ class Watch:
         self.rank, self.timeout_s = rank, timeout_s
         self.every_s = min(1.0, timeout_s / 10)
         self._doing, self._step, self._count = "starting", 0, 0
-        self._allowed_s = max(timeout_s, 1800.0)  # loading towers, first steps
+        self._allowed_s = max(timeout_s, SLOW_S)
         self._since = time.monotonic()
         self._seen: dict[int, tuple[dict, float]] = {}
         self._looked_at = time.monotonic()
@@ -46,10 +49,10 @@ class Watch:
         self._thread.start()
         threading.Thread(target=self._guard, name="guard", daemon=True).start()
 
-    def doing(self, what: str, step: int, allowed_s: float | None = None) -> None:
-        """Says what the main thread does from now on, and at which step (counted from 1)."""
+    def doing(self, what: str, step: int, is_slow: bool = False) -> None:
+        """Says what the main thread does from now on, at which step (counted from 1), and if it may take SLOW_S."""
         self._doing, self._step, self._count = what, step, self._count + 1
-        self._allowed_s = allowed_s or self.timeout_s
+        self._allowed_s = max(self.timeout_s, SLOW_S) if is_slow else self.timeout_s
         self._since = time.monotonic()
 
     @property
@@ -67,8 +70,8 @@ class Watch:
         if self._store is None:
             return
         try:
-            self._store.set(f"failed/{self.rank.index}", json.dumps([reason, code]))
-            self._store.set("failed", json.dumps([self.rank.index, reason, code]))
+            # The first word stands: the ranks that end because of it have nothing to add.
+            self._store.compare_set("failed", "", json.dumps([self.rank.index, reason, code]))
         except RuntimeError:
             return  # the store's rank is gone: nobody to tell
         if self.rank.index == 0:
@@ -80,9 +83,8 @@ class Watch:
             self._look()
             time.sleep(4 * self.every_s)  # a living rank beats in this time
             self._look()
-            failures = [index for index in range(self.rank.world) if self._store.check([f"failed/{index}"])]
-            for index in failures:
-                reason, code = json.loads(self._store.get(f"failed/{index}"))
+            if failure := self._failure():
+                index, reason, code = failure
                 return f"rank {index} failed: {reason}", code
         except RuntimeError:
             return self._store_gone(), RUN_ME_AGAIN
@@ -112,11 +114,16 @@ class Watch:
 
     def _obey_failure(self) -> None:
         """Ends with the reason and the code of a rank that has failed, so that all end alike."""
-        if self._store is not None and self._store.check(["failed"]):
-            index, reason, code = json.loads(self._store.get("failed"))
-            if index != self.rank.index and not self._closed.is_set():
-                log.error("rank %d failed: %s; ending with code %d as well", index, reason, code)
-                os._exit(code)
+        failure = self._failure()
+        if failure and failure[0] != self.rank.index and not self._closed.is_set():
+            log.error("rank %d failed: %s; ending with code %d as well", *failure)
+            os._exit(failure[2])
+
+    def _failure(self) -> tuple[int, str, int] | None:
+        """The rank that failed first, why, and its code; None as long as none did."""
+        if self._store is None or not self._store.check(["failed"]):
+            return None
+        return tuple(json.loads(self._store.get("failed")))
 
     def _guard(self) -> None:
         """Ends this rank if the store, which is rank 0's, keeps the watch waiting for an answer: rank 0 is stopped.
@@ -127,11 +134,8 @@ class Watch:
         while not self._closed.wait(self.every_s):
             rounds, ticks = self._rounds, ticks + 1 if rounds == self._rounds else 0
             if ticks * self.every_s > self.timeout_s and not self._closed.is_set():
-                where = f", {self._last(0)}" if 0 in self._seen else ""
                 doing = f"rank {self.rank.index} was {self.doing_now}"
-                log.error(
-                    "rank 0 does not respond%s; %s; ending with code %d: start it again", where, doing, RUN_ME_AGAIN
-                )
+                log.error("rank 0 does not respond; %s; ending with code %d: start it again", doing, RUN_ME_AGAIN)
                 os._exit(RUN_ME_AGAIN)
 
     def _silent(self, seconds: float) -> list[int]:

@@ -13,7 +13,7 @@
 #SBATCH --requeue
 #SBATCH --signal=USR1@120
 # USR1 goes to the tasks two minutes before the time limit, TERM when the job is preempted: train.py saves and leaves
-# with 85, "run me again".
+# with 85, "run me again". 86: a rank died or hung, and the others ended for it; that is queued again too.
 set -euo pipefail
 trap : TERM USR1 # this shell outlives the signal, to see how the training ended
 
