@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import os
@@ -74,7 +73,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     from medblip.model import MedBLIP
     from medblip.optim import GradientCheck, build_optimizer, set_learning_rate
     from medblip.preview import dry_run
-    from medblip.progress import Progress, Status, check_same_run, keep_schedule, lock, write_json
+    from medblip.progress import Progress, Status, keep_schedule, lock, write_json
     from medblip.shards import Reader, ShardIndex
     from medblip.stopping import SAVED_RUN_ME_AGAIN
     from medblip.tally import Tally
@@ -127,7 +126,6 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     }
     folder, step = control.from_main(checkpoint.newest_whole(run, made_of) if rank.is_main else None), 0
     if folder is not None:
-        check_same_run(json.loads((run / "config.json").read_text())["train"], config)
         checkpoint.load_weights(folder, model)
         state = checkpoint.read_state(folder)
         step = state["step"]

@@ -98,10 +98,16 @@ class Status:
 
 
 def keep_schedule(run: Path, config: TrainConfig, world_size: int) -> TrainConfig:
-    """For a run that goes on: its steps, its global batch and, where the ranks allow it, its contrastive batch."""
+    """For a run that goes on: its steps, its global batch and, where the ranks allow it, its contrastive batch.
+
+    Raises:
+        ValueError: if it was begun under options that change what is learned; see `check_same_run`.
+    """
     if not any((run / "checkpoints").glob("step-*")) or not (run / "config.json").exists():
         return config
-    before = json.loads((run / "config.json").read_text())["schedule"]
+    stored = json.loads((run / "config.json").read_text())
+    check_same_run(stored["train"], config)
+    before = stored["schedule"]
     kept = {name: before[name] for name in ("steps", "global_batch") if getattr(config, name) is None}
     contrastive_batch = before["global_batch"] // before["accumulation"]
     if config.micro_batch is None and contrastive_batch % world_size == 0:
