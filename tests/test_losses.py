@@ -26,14 +26,15 @@ def published(image_BQK, text_BK) -> float:
 
 
 def test_contrastive_loss_equals_the_published_numbers():
+    # In float32: how a processor sums a product moves the last digits.
     image_BQK = wave((7, 32, 256), 11)
     text, statement = published(image_BQK, wave((7, 256), 12)), published(image_BQK, wave((7, 256), 13))
-    assert text == pytest.approx((1.942968059 + 1.945945984) / 2, abs=1e-6)
-    assert statement == pytest.approx(1.958961049, abs=1e-6)
-    assert text + statement == pytest.approx(3.903418070, abs=1e-6)
+    assert text == pytest.approx((1.942968059 + 1.945945984) / 2, abs=5e-6)
+    assert statement == pytest.approx(1.958961049, abs=5e-6)
+    assert text + statement == pytest.approx(3.903418070, abs=5e-6)
     image_BQK = wave((3, 5, 16), 11)
     total = published(image_BQK, wave((3, 16), 12)) + published(image_BQK, wave((3, 16), 13))
-    assert total == pytest.approx(4.237368741, abs=1e-6)
+    assert total == pytest.approx(4.237368741, abs=5e-6)
 
 
 def naive_contrast(image, text, groups, valid, temperature, smoothing=0.1):

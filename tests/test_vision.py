@@ -107,13 +107,13 @@ def test_a_volume_that_is_one_slice_over_and_over_is_read_as_that_picture():
     vision = VisionTower(model, 56, 14, False, inflate=True)
     tokens_BPC = tokens_given_to_the_blocks(vision, slices_BXY[..., None].expand(-1, -1, -1, 56))
     expected_BPC = model.embeddings(as_the_checkpoint_reads(slices_BXY))
-    assert torch.allclose(tokens_BPC[:, 0], expected_BPC[:, 0], atol=1e-5)  # the class token at its place
+    assert torch.allclose(tokens_BPC[:, 0], expected_BPC[:, 0], atol=1e-4)  # the class token at its place
     cube = tokens_BPC[:, 1:].unflatten(1, (4, 4, 4))
     picture = expected_BPC[:, 1:].unflatten(1, (4, 4))
     for x in range(4):
         for y in range(4):
             for z in range(4):
-                assert torch.allclose(cube[:, x, y, z], picture[:, 3 - y, x], atol=1e-5)
+                assert torch.allclose(cube[:, x, y, z], picture[:, 3 - y, x], atol=1e-4)
 
 
 @pytest.mark.parametrize("edge", [14, 16, 32])
