@@ -186,6 +186,20 @@ def newest_whole(run: Path, made_of: dict[str, Any] | None = None) -> Path | Non
     return None
 
 
+def best(run: Path) -> Path:
+    """The checkpoint that validation during training found best.
+
+    Raises:
+        ValueError: if there is none, or it is damaged.
+    """
+    pointer = run / "best.json"
+    if not pointer.is_file():
+        raise ValueError(f"{pointer} is missing: the run was not validated (--validate-every of train.py)")
+    folder = run / "checkpoints" / f"step-{json.loads(pointer.read_text())['step']}"
+    verify(folder)
+    return folder
+
+
 def _once_saved(run: Path) -> bool:
     try:
         return json.loads((run / "status.json").read_text()).get("saved") is not None

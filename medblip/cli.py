@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the data or the run failed, 2 wrong usage. stdout is the r
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from typing import Annotated, Union
 
@@ -46,10 +47,11 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"medblip {__version__}")
         return 0
-    options = tyro.cli(OneCommand, prog="medblip", description=DESCRIPTION)
+    arguments = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]  # deepspeed's; see RANK
+    options = tyro.cli(OneCommand, args=arguments, prog="medblip", description=DESCRIPTION)
     from medblip.distributed import log_to_stderr
 
-    log_to_stderr(0)
+    log_to_stderr(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     try:
         return COMMANDS[type(options)](options)
     except (ValueError, OSError) as error:

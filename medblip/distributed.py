@@ -71,6 +71,14 @@ def setup(timeout_s: float = 1800) -> Rank:
     return Rank(dist.get_rank(), dist.get_world_size(), local, device)
 
 
+def join_launched() -> Rank:
+    """As `setup` if a launcher started several processes; else this process alone, without a process group."""
+    _read_slurm()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return setup()
+    return Rank(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _read_slurm() -> None:
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or "SLURM_STEP_NODELIST" not in os.environ:
         return

@@ -2,59 +2,43 @@
 
 1. refuse what would make the numbers wrong: a subject seen in training, volumes of another recipe, a higher tier;
 2. encode every scan once;
-3. ask for the diagnosis in each arm: with and without the record, with and without the image, or with another
-   subject's image, so that it shows which of the two an answer comes from;
-4. score each cohort by itself and write the report.
+3. choose on the validation split how answers are compared, and keep to it;
+4. ask for the diagnosis in each arm (arms.py), cohort by cohort;
+5. score each cohort by itself and write the report.
 
-Sample KEYs, cohort names and numbers come out; the text of a record never does.
+Under deepspeed, torchrun or srun the ranks share the asking, and rank 0 writes. Sample KEYs, cohort names and numbers
+come out; the text of a record never does.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import random
+import math
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
+from medblip.arms import ARMS, DEFAULT_ARMS, ArmName
 from medblip.config import EhrTier
-from medblip.text import DIAGNOSIS_ANSWERS, DIAGNOSIS_QUESTION, TIER_FIELDS, render_prompt, render_record
+from medblip.scoring import DEFAULT_RULE, RULES, RuleName
+from medblip.text import DIAGNOSIS_ANSWERS
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` must not wait for it
-    from torch import Tensor
-
-    from medblip.inference import Assistant
-    from medblip.shards import Reader, Sample, ShardIndex
-
-
-class Arm(NamedTuple):
-    """What the model reads of a scan: the record, and whose image."""
-
-    record: bool
-    image: Literal["own scan", "another subject's scan", "no scan"]
-
-
-ARMS = {
-    "image": Arm(record=False, image="own scan"),
-    "text": Arm(record=True, image="no scan"),
-    "both": Arm(record=True, image="own scan"),
-    "shuffled_image": Arm(record=False, image="another subject's scan"),
-    "both_shuffled": Arm(record=True, image="another subject's scan"),
-}
-
-ArmName = Literal["image", "text", "both", "shuffled_image", "both_shuffled"]
-
-SHUFFLED_PAIRS = 1000
-"""Pairs of a scan and another subject in a shuffled arm, in as many rounds: one round's score is a matter of luck."""
-
-READ_AHEAD = 400
-"""Samples whose shards are opened, and where need be fetched, ahead of the one that is read."""
+    from medblip.analysis import Draws, Prediction
+    from medblip.asking import Interview
+    from medblip.scoring import Rule
+    from medblip.shards import Sample, ShardIndex
 
 OTHER_ANSWER = "other"
 """Stands in predictions.csv for a written answer that is none of the options: it could repeat the record."""
+
+WORST_MISTAKES = 6
+"""Pictures of a cohort, at most."""
+
+RULE_SCANS = 400
+"""Scans of the validation split, at most, on which the rule is chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +48,13 @@ class EvaluateOptions:
     Examples:
       medblip evaluate --model runs/x --data shards/ --split test --out evaluation/
       medblip evaluate --model runs/x --data shards/ --ehr none --arms image shuffled_image --out image-only/
+      torchrun --nproc-per-node 8 -m medblip.cli evaluate --model runs/x --data shards/ --out evaluation/
     """
 
     model: str
     """A run folder, or one of its checkpoints."""
+    checkpoint: Literal["latest", "best"] = "latest"
+    """Of a run folder: the latest checkpoint, or the one that validation during training found best."""
     data: str
     """Folder of shards or its URL, prepared with the recipe that the model was trained on."""
     split: str = "test"
@@ -76,10 +63,12 @@ class EvaluateOptions:
     """Folder for report.json, report.md, predictions.csv and confusion.png; made if missing."""
     ehr: EhrTier | None = None
     """Fields of the record that the model may read: the run's own tier, or a lower one."""
-    arms: tuple[ArmName, ...] = ("image", "text", "both", "shuffled_image")
-    """What the model reads: the scan, the record, both, or another subject's scan (without or with the record)."""
+    arms: tuple[ArmName, ...] = DEFAULT_ARMS
+    """What the model reads: the scan, the record, both, another subject's scan or a blank one."""
+    rule: Literal["val"] | RuleName = "val"
+    """How the likelihoods of the answers are compared. val: as is best on the split val of the same shards."""
     batch: int = 8
-    """Scans at a time."""
+    """Scans at a time, on each rank."""
     bootstrap: int = 1000
     """Draws of subjects for the 95 % intervals."""
     seed: int = 0
@@ -94,59 +83,59 @@ class EvaluateOptions:
             raise ValueError(f"--bootstrap must be at least 1000, not {self.bootstrap}: fewer draws give no interval")
 
 
-class Prediction(NamedTuple):
-    """One scan in one arm: a probability for each class that was offered, and the answer."""
-
-    sample: Sample
-    arm: str
-    probabilities: dict[str, float]
-    answer: str
-
-
 def evaluate(options: EvaluateOptions) -> int:
     """Evaluates, writes the folder `--out` and prints the table; returns the exit code.
 
     Raises:
         ValueError: if the data does not fit the model, or a subject was seen in training.
     """
-    from medblip.distributed import log
+    from medblip.analysis import Draws
+    from medblip.asking import encode
+    from medblip.distributed import Control, join_launched, log
+    from medblip.guards import check_recipe, check_tier, check_unseen
     from medblip.inference import Assistant
     from medblip.report import plain_table, write_report
     from medblip.shards import Reader, ShardIndex
+    from medblip.share import Crew
 
+    rank = join_launched()
+    crew = Crew(rank, Control(rank))
     index = ShardIndex(options.data)
     everyone = index.samples(options.split)
     samples = [sample for sample in everyone if sample.diagnosis]
     if not samples:
         raise ValueError(f"--data {options.data}: no scan of the split '{options.split}' has a diagnosis")
-    assistant = Assistant(options.model)
+    assistant = Assistant(options.model, rank.device, options.checkpoint)
     check_unseen(everyone, assistant.train_subjects)
     check_recipe(index.recipe, assistant.recipe.to_dict())
     tier = check_tier(options.ehr or assistant.ehr, assistant.ehr)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
 
-    reader = Reader(index, threads=2)
-    queries_NQC = encode(assistant, reader, samples, options.batch)
-    records = []
-    for sample in samples:
-        reader.expect([sample.shard])
-        records.append(_record(reader, sample, tier))
-    reader.close()
-
-    notes, cohorts, predictions = [], {}, []
+    notes = []
     if len(samples) < len(everyone):
         notes.append(f"{len(everyone) - len(samples)} of {len(everyone)} scans have no diagnosis and were left out")
     if tier == "none":
         notes.append("the tier is none: no arm reads a record")
+    rule_samples, why_not = samples_for_rule(index, options, assistant.train_subjects)
+    reader = Reader(index, threads=2)
+    interview = encode(assistant, reader, rule_samples + samples, tier, options.batch, crew)
+    reader.close()
+
+    rule, rule_entry = DEFAULT_RULE, {"chosen_on": "default", "scores": {}}
+    if options.rule != "val":
+        rule, rule_entry = RULES[options.rule], {"chosen_on": "given", "scores": {}}
+    elif why_not:
+        notes.append(f"answers are compared by the default rule, sum-minus-null: {why_not}")
+    else:
+        rule, scores = rule_on_validation(interview, list(range(len(rule_samples))), options)
+        rule_entry = {"chosen_on": "val", "scores": scores}
+    cohorts, predictions = {}, []
     for cohort in sorted({sample.cohort for sample in samples}):
-        rows = [row for row, sample in enumerate(samples) if sample.cohort == cohort]
-        found, more_notes = evaluate_cohort(
-            assistant, [samples[row] for row in rows], queries_NQC[rows], [records[row] for row in rows], options
-        )
-        cohorts[cohort] = score_cohort(found, options)
+        rows = [len(rule_samples) + row for row, sample in enumerate(samples) if sample.cohort == cohort]
+        cohorts[cohort], more_notes = ask_cohort(interview, rows, rule, options)
         notes += [f"{cohort}: {note}" for note in more_notes]
-        predictions += found
+        predictions += cohorts[cohort]
+    if not rank.is_main:
+        return 0
     for note in notes:
         log.info(note)
 
@@ -155,7 +144,9 @@ def evaluate(options: EvaluateOptions) -> int:
         "split": options.split,
         "ehr": tier,
         "arms": {name: ARMS[name]._asdict() for name in options.arms},
-        "cohorts": cohorts,
+        "rule": rule._asdict() | rule_entry,
+        **analyse(cohorts, Draws(options.bootstrap, options.seed)),
+        "trained_on": assistant.trained_on,
         "counts": {"scans": len(everyone), "without_diagnosis": len(everyone) - len(samples), "scored": len(samples)},
         "notes": notes,
         "bootstrap": options.bootstrap,
@@ -164,192 +155,147 @@ def evaluate(options: EvaluateOptions) -> int:
         "split_sha256": _split_sha256(index),
         "commit": _commit(),
     }
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    report["worst"] = draw_worst(index, cohorts, options, out)
     _write_predictions(out / "predictions.csv", predictions)
-    write_report(out, report)
+    write_report(out, without_nan(report))
     print(plain_table(report))
     print(f"\nwritten to {out}/; begin with report.md")
     return 0
 
 
-def check_unseen(samples: list[Sample], train_subjects: frozenset[str]) -> None:
-    """Refuses scans of subjects that the model was trained on.
+def samples_for_rule(
+    index: ShardIndex, options: EvaluateOptions, train_subjects: frozenset[str]
+) -> tuple[list[Sample], str]:
+    """The scans that the rule is chosen on, at most RULE_SCANS; or none, and why not."""
+    from medblip.analysis import classes_of
 
-    Raises:
-        ValueError: with the number of such subjects and the first KEYs.
-    """
-    seen = [sample for sample in samples if sample.subject in train_subjects]
-    if seen:
-        raise ValueError(
-            f"{len({sample.subject for sample in seen})} subjects of this split were trained on ({len(seen)} scans: "
-            f"{', '.join(sample.key for sample in seen[:5])}{', ...' if len(seen) > 5 else ''}); "
-            "a score on them says nothing about new subjects"
-        )
-
-
-def check_recipe(data: dict[str, Any], model: dict[str, Any]) -> None:
-    """Refuses volumes that were prepared in another way than the model's.
-
-    Raises:
-        ValueError: naming every parameter that differs, with both values.
-    """
-    differing = [
-        f"{name} is {data.get(name)} in the shards and {model.get(name)} in the model"
-        for name in sorted(data.keys() | model.keys())
-        if data.get(name) != model.get(name)
-    ]
-    if differing:
-        raise ValueError(f"the shards' recipe is not the model's: {'; '.join(differing)}")
+    if options.rule != "val":
+        return [], "a rule was given"
+    if options.split == "val":
+        return [], "the split val is the one that is evaluated"
+    try:
+        samples = index.samples("val")
+    except ValueError:
+        return [], "the shards have no split val"
+    samples = [sample for sample in samples if sample.diagnosis and sample.subject not in train_subjects]
+    samples = sorted(samples, key=lambda sample: sample.key)[:RULE_SCANS]  # KEYs are hashes
+    if len(classes_of(sample.diagnosis for sample in samples)) < 2:
+        return [], "the split val has no two diagnoses of subjects that were not trained on"
+    return samples, ""
 
 
-def check_tier(tier: EhrTier, trained: EhrTier) -> EhrTier:
-    """The tier to evaluate with.
+def rule_on_validation(
+    interview: Interview, rows: list[int], options: EvaluateOptions
+) -> tuple[Rule, dict[str, float]]:
+    """The rule that is best on these scans, in the arm `both`, or `image` if no arm that is asked reads a record."""
+    import numpy as np
 
-    Raises:
-        ValueError: if it is higher than the one trained with, whose wording is all that the model knows.
-    """
-    order = list(TIER_FIELDS)
-    if order.index(tier) > order.index(trained):
-        raise ValueError(f"--ehr {tier}: the model was trained with {trained}; evaluate with that or a lower tier")
-    return tier
+    from medblip.analysis import classes_of, offered_of
+    from medblip.arms import ask_diagnosis
+    from medblip.scoring import choose_rule
 
-
-def encode(assistant: Assistant, reader: Reader, samples: list[Sample], batch: int) -> Tensor:
-    """The query tokens of every scan, `N Q C`."""
-    import torch
-    from tqdm import tqdm
-
-    starts = range(0, len(samples), batch)
-    queries = []
-    for start in tqdm(starts, desc="encoding", unit="batch", disable=not sys.stderr.isatty()):
-        some = samples[start : start + batch]
-        flat = torch.empty(sum(sample.num_voxels for sample in some), dtype=torch.uint8)
-        reader.expect(sample.shard for sample in samples[start : start + batch + READ_AHEAD])
-        reader.volumes(some, flat.numpy())
-        queries.append(assistant.encode(assistant.volumes(flat, some)))
-    return torch.cat(queries)
+    arm = "both" if interview.tier != "none" and any(ARMS[name].record for name in options.arms) else "image"
+    offered = offered_of(classes_of(interview.scans[row].sample.diagnosis for row in rows))
+    answers = tuple(DIAGNOSIS_ANSWERS[name] for name in offered)
+    subjects = [interview.scans[row].sample.subject for row in rows]
+    asked, _ = ask_diagnosis((arm,), rows, subjects, interview.records(rows), options.seed)
+    scores = interview.score([one.ask for one in asked], answers)
+    truth_N = np.array([offered.index(interview.scans[one.row].sample.diagnosis) for one in asked])
+    logp_NO = np.array([scores[one.ask].logp for one in asked])
+    return choose_rule(truth_N, logp_NO, interview.asker.options(answers))
 
 
-def evaluate_cohort(
-    assistant: Assistant, samples: list[Sample], queries_NQC: Tensor, records: list[str], options: EvaluateOptions
+def ask_cohort(
+    interview: Interview, rows: list[int], rule: Rule, options: EvaluateOptions
 ) -> tuple[list[Prediction], list[str]]:
     """Asks for the diagnosis of each scan of one cohort in each arm.
 
     Returns the predictions and what a reader of them should know.
     """
-    classes = classes_of(samples)
-    offered = classes if len(classes) == 2 else list(DIAGNOSIS_ANSWERS)
-    predictions, notes = [], []
+    from medblip.analysis import Prediction, classes_of, offered_of
+    from medblip.arms import ask_diagnosis
+    from medblip.scoring import probabilities
+
+    classes = classes_of(interview.scans[row].sample.diagnosis for row in rows)
+    offered = offered_of(classes)
+    notes = []
     if len(classes) == 2:
         notes.append(f"only {classes[0]} and {classes[1]} occur, so only these two were offered as answers")
     if len(classes) == 1:
         notes.append(f"only {classes[0]} occurs, so there is nothing to tell apart and no score")
-    own_N = list(range(len(samples)))
-    num_rounds = max(1, SHUFFLED_PAIRS // len(samples))
-    others = shuffle_over_subjects([sample.subject for sample in samples], num_rounds, options.seed)
-    known: dict[tuple[str, int | None], list[float]] = {}  # most shuffled pairs were asked about before
-    for name in options.arms:
-        arm = ARMS[name]
-        rounds = others if arm.image == "another subject's scan" else [own_N]
-        if not rounds:
-            notes.append(f"there is no other subject, so the arm {name} was left out")
-        for image_N in rounds:
-            asked = [
-                (record if arm.record else "", None if arm.image == "no scan" else image)
-                for record, image in zip(records, image_N, strict=True)
-            ]
-            _diagnose(assistant, queries_NQC, asked, tuple(offered), options.batch, known)
-            written_N = [""] * len(samples)
-            if name == "both":
-                written_N = _write(assistant, queries_NQC, [text for text, _ in asked], options.batch)
-            for sample, pair, written in zip(samples, asked, written_N, strict=True):
-                p_K = known[pair]
-                answer = DIAGNOSIS_ANSWERS[offered[p_K.index(max(p_K))]]
-                if name == "both":
-                    answer = written if written in DIAGNOSIS_ANSWERS.values() else OTHER_ANSWER
-                predictions.append(Prediction(sample, name, dict(zip(offered, p_K, strict=True)), answer))
-    return predictions, notes
+    answers = tuple(DIAGNOSIS_ANSWERS[name] for name in offered)
+    subjects = [interview.scans[row].sample.subject for row in rows]
+    asked, more_notes = ask_diagnosis(options.arms, rows, subjects, interview.records(rows), options.seed)
+    scores = interview.score([one.ask for one in asked], answers)
+    p_NO = probabilities([scores[one.ask].logp for one in asked], interview.asker.options(answers), rule)
+    predictions = []
+    for one, p_O in zip(asked, p_NO.tolist(), strict=True):
+        answer = answers[p_O.index(max(p_O))]
+        if one.arm == "both":
+            written = scores[one.ask].written
+            answer = OTHER_ANSWER if written is None else answers[written]
+        predictions.append(Prediction(interview.scans[one.row], one.arm, dict(zip(offered, p_O, strict=True)), answer))
+    return predictions, notes + more_notes
 
 
-def _diagnose(assistant: Assistant, queries_NQC: Tensor, asked: list, classes: tuple, batch: int, known: dict) -> None:
-    """Puts the probabilities of each asked pair of (record text, image row or None) into `known`."""
-    new = [pair for pair in dict.fromkeys(asked) if pair not in known]
-    for read_image in (True, False):
-        pairs = [pair for pair in new if (pair[1] is not None) == read_image]
-        for start in range(0, len(pairs), batch):
-            some = pairs[start : start + batch]
-            queries_BQC = queries_NQC[[image or 0 for _, image in some]]
-            p_BK = assistant.diagnose(queries_BQC, [text for text, _ in some], classes, use_queries=read_image)
-            known |= dict(zip(some, p_BK.tolist(), strict=True))
+def analyse(cohorts: dict[str, list[Prediction]], draws: Draws) -> dict[str, Any]:
+    """The report's entries about the predictions, cohort by cohort."""
+    from medblip.analysis import score_arms, score_one_scan_per_subject, score_subgroups
+
+    return {
+        "cohorts": {name: score_arms(found, draws) for name, found in cohorts.items()},
+        "subgroups": {name: score_subgroups(found, draws) for name, found in cohorts.items()},
+        "one_scan_per_subject": {name: score_one_scan_per_subject(found, draws) for name, found in cohorts.items()},
+    }
 
 
-def _write(assistant: Assistant, queries_NQC: Tensor, records: list[str], batch: int) -> list[str]:
-    """The model's own words about each scan."""
-    prompts = [render_prompt(record, DIAGNOSIS_QUESTION) for record in records]
-    answers = []
-    for start in range(0, len(prompts), batch):
-        answers += assistant.answer(queries_NQC[start : start + batch], prompts[start : start + batch])
-    return answers
+def draw_worst(
+    index: ShardIndex, cohorts: dict[str, list[Prediction]], options: EvaluateOptions, out: Path
+) -> list[dict[str, Any]]:
+    """Draws the worst mistakes of each cohort in the arm `image`, or `both`, into `worst/`; the report's entries."""
+    from medblip.analysis import worst_mistakes
+    from medblip.pictures import draw_scan
+    from medblip.shards import Reader
+
+    arm = next((name for name in ("image", "both") if name in options.arms), None)
+    reader, entries = Reader(index, threads=1), []
+    for cohort, predictions in cohorts.items():
+        for found in worst_mistakes(predictions, arm, WORST_MISTAKES) if arm else []:
+            sample = found.scan.sample
+            picture = f"worst/{sample.key}.png"
+            (out / "worst").mkdir(exist_ok=True)
+            draw_scan(reader, sample, out / picture)
+            answer = max(found.probabilities, key=found.probabilities.get)
+            entries.append(
+                {"key": sample.key, "cohort": cohort, "arm": arm, "diagnosis": sample.diagnosis, "answer": answer}
+                | {"probability": found.probabilities.get(sample.diagnosis), "picture": picture}
+            )
+    reader.close()
+    return entries
 
 
-def classes_of(samples: list[Sample]) -> list[str]:
-    """The diagnoses that occur, in the order of DIAGNOSIS_ANSWERS."""
-    return [name for name in DIAGNOSIS_ANSWERS if any(sample.diagnosis == name for sample in samples)]
-
-
-def shuffle_over_subjects(subjects: list[str], num_rounds: int, seed: int) -> list[list[int]]:
-    """For each round and scan, the row of a scan of another subject; no round where there is only one subject.
-
-    The subjects stand in a ring in random order, and in round k everybody takes from the k-th neighbour: everybody
-    gives to one and takes from one, another one in each round.
-    """
-    draw = random.Random(seed)
-    ring = sorted(set(subjects))
-    draw.shuffle(ring)
-    rows_of: dict[str, list[int]] = {}
-    for row, subject in enumerate(subjects):
-        rows_of.setdefault(subject, []).append(row)
-    rounds = []
-    for shift in range(1, min(num_rounds, len(ring) - 1) + 1):
-        giver = dict(zip(ring, ring[shift:] + ring[:shift], strict=True))
-        rounds.append([draw.choice(rows_of[giver[subject]]) for subject in subjects])
-    return rounds
-
-
-def score_cohort(predictions: list[Prediction], options: EvaluateOptions) -> dict[str, dict[str, Any]]:
-    """The report's entry of one cohort, arm by arm; the scores are None where it has a single class."""
-    from medblip.metrics import score
-
-    arms = {}
-    for name in dict.fromkeys(prediction.arm for prediction in predictions):
-        rows = [prediction for prediction in predictions if prediction.arm == name]
-        samples = [row.sample for row in rows]
-        classes, subjects = classes_of(samples), [sample.subject for sample in samples]
-        num_scans = len({sample.key for sample in samples})
-        arms[name] = {"n_subjects": len(set(subjects)), "n_scans": num_scans, "classes": classes}
-        if len(classes) == 1:
-            arms[name] |= dict.fromkeys(("balanced_accuracy", "macro_auc", "macro_f1", "recall", "confusion", "ci95"))
-            continue
-        p_NK = [list(row.probabilities.values()) for row in rows]
-        truth = [sample.diagnosis for sample in samples]
-        arms[name] |= score(truth, p_NK, classes, subjects, options.bootstrap, options.seed)
-    return arms
-
-
-def _record(reader: Reader, sample: Sample, tier: EhrTier) -> str:
-    record = reader.record(sample)
-    return render_record(record["fields"], record["report"], tier)
+def without_nan(content: Any) -> Any:
+    """The same with None for each number that is not finite, which JSON does not have."""
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _write_predictions(path: Path, predictions: list[Prediction]) -> None:
     """One row per scan and arm, under KEY and hashed subject; the probability of a class not offered is empty.
 
-    `answer` is what the model wrote in the arm `both`, and the most probable option in the others.
+    `answer` is the option that the model would write in the arm `both`, and the most probable one in the others.
     """
     header = ["scan_id", "subject_id", "cohort", "arm", "diagnosis", *(f"p_{c}" for c in DIAGNOSIS_ANSWERS), "answer"]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        for sample, arm, p, answer in predictions:
+        for scan, arm, p, answer in predictions:
+            sample = scan.sample
             columns = [f"{p[c]:.9g}" if c in p else "" for c in DIAGNOSIS_ANSWERS]
             writer.writerow([sample.key, sample.subject, sample.cohort, arm, sample.diagnosis, *columns, answer])
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from medblip.words import MAX_ANSWER_TOKENS
 
@@ -126,28 +127,103 @@ class Language(nn.Module):
         Answers are padded on the right and include the end token.
         """
         prefix = self.prefix(queries_BQC, use_queries_B, prompt_ids_BT, is_prompt_BT)
+        logits_BAV = self._logits(prefix, answer_ids_BA, is_answer_BA)
+        logp_BA = logits_BAV.float().log_softmax(-1).gather(-1, answer_ids_BA[..., None])[..., 0]
+        return logp_BA.masked_fill(~is_answer_BA, 0.0)
+
+    def _logits(self, prefix: Prefix, answer_ids_BA: Tensor, is_answer_BA: Tensor | None = None) -> Tensor:
+        """What is expected in the place of each answer token, `B A V`."""
+        if is_answer_BA is None:
+            is_answer_BA = torch.ones_like(answer_ids_BA, dtype=torch.bool)
         if self.is_encoder_decoder:
             shifted_BA = torch.cat([torch.full_like(answer_ids_BA[:, :1], self.start_id), answer_ids_BA[:, :-1]], dim=1)
-            logits_BAV = self.lm(
+            return self.lm(
                 inputs_embeds=prefix.embeddings_BSE,
                 attention_mask=prefix.is_read_BS.long(),
                 decoder_input_ids=shifted_BA,
                 use_cache=False,
             ).logits
+        answer_BAE = self.lm.get_input_embeddings()(answer_ids_BA)
+        mask = torch.cat([prefix.is_read_BS, is_answer_BA], dim=1).long()
+        num_scored = answer_ids_BA.shape[1] + 1
+        optional = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self.accepts_positions else {}
+        optional |= {"logits_to_keep": num_scored} if self.accepts_keep else {}
+        return self.lm(
+            inputs_embeds=torch.cat([prefix.embeddings_BSE, answer_BAE], dim=1),
+            attention_mask=mask,
+            use_cache=False,
+            **optional,
+        ).logits[:, -num_scored:-1]
+
+    @torch.no_grad()
+    def score_options(
+        self,
+        queries_BQC: Tensor,
+        use_queries_B: Tensor,
+        prompt_ids_BT: Tensor,
+        is_prompt_BT: Tensor,
+        options: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Log-likelihood of each option as the whole answer, and whether greedy generation would write just that.
+
+        The prefix is read once: each option goes on from its cache (of the decoder, or of the encoder with the
+        decoder's first step). The same numbers as `forward` for each option, to rounding.
+
+        Args:
+            queries_BQC: images; `Q` may be 0 where none of them is used.
+            use_queries_B: see `prefix`.
+            prompt_ids_BT: prompts, padded on the left.
+            is_prompt_BT: their mask.
+            options: token ids of each option with its end token, `A`; the same for all rows.
+
+        Returns:
+            `B O` in float32, and `B O`.
+        """
+        prefix = self.prefix(queries_BQC, use_queries_B, prompt_ids_BT, is_prompt_BT)
+        first, rest = self._read_once(prefix)
+        logp_OB, is_written_OB = [], []
+        for ids_A in options:
+            logits_BAV = first.logits[:, -1:].float()
+            if len(ids_A) > 1:
+                ids_BA = ids_A[:-1].expand(len(prompt_ids_BT), -1)
+                logits_BAV = torch.cat([logits_BAV, rest(ids_BA).float()], dim=1)
+            wanted_BA1 = ids_A.expand(len(prompt_ids_BT), -1)[..., None]
+            logp_OB.append(logits_BAV.log_softmax(-1).gather(-1, wanted_BA1)[..., 0].sum(1))
+            is_written_OB.append((logits_BAV.argmax(-1) == ids_A).all(1))
+        return torch.stack(logp_OB, 1), torch.stack(is_written_OB, 1)
+
+    def _read_once(self, prefix: Prefix):
+        """What the model makes of a prefix, with the logits of the first answer token, and a function that gives the
+        logits after each further token, `B A` to `B A V`; it may be called again and again."""
+        mask_BS = prefix.is_read_BS.long()
+        num_read_B1 = mask_BS.sum(1, keepdim=True)
+        if self.is_encoder_decoder:
+            start_B1 = torch.full_like(num_read_B1, self.start_id)
+            first = self.lm(
+                inputs_embeds=prefix.embeddings_BSE, attention_mask=mask_BS, decoder_input_ids=start_B1, use_cache=True
+            )
+            read = BaseModelOutput(first.encoder_last_hidden_state)
         else:
-            answer_BAE = self.lm.get_input_embeddings()(answer_ids_BA)
-            mask = torch.cat([prefix.is_read_BS, is_answer_BA], dim=1).long()
-            num_scored = answer_ids_BA.shape[1] + 1
-            optional = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if self.accepts_positions else {}
-            optional |= {"logits_to_keep": num_scored} if self.accepts_keep else {}
-            logits_BAV = self.lm(
-                inputs_embeds=torch.cat([prefix.embeddings_BSE, answer_BAE], dim=1),
-                attention_mask=mask,
-                use_cache=False,
-                **optional,
-            ).logits[:, -num_scored:-1]
-        logp_BA = logits_BAV.float().log_softmax(-1).gather(-1, answer_ids_BA[..., None])[..., 0]
-        return logp_BA.masked_fill(~is_answer_BA, 0.0)
+            optional = {"position_ids": (mask_BS.cumsum(1) - 1).clamp(min=0)} if self.accepts_positions else {}
+            optional |= {"logits_to_keep": 1} if self.accepts_keep else {}
+            first = self.lm(inputs_embeds=prefix.embeddings_BSE, attention_mask=mask_BS, use_cache=True, **optional)
+        can_go_back = first.cache is not None and first.cache.is_croppable
+
+        def rest(ids_BA: Tensor) -> Tensor:
+            num_tokens = ids_BA.shape[1]
+            if not can_go_back:  # recurrent models cannot forget an option again
+                return self._logits(prefix, torch.cat([ids_BA, ids_BA[:, :1]], dim=1))[:, 1:]
+            if self.is_encoder_decoder:
+                words = {"encoder_outputs": read, "attention_mask": mask_BS, "decoder_input_ids": ids_BA}
+            else:
+                words = {"input_ids": ids_BA, "attention_mask": torch.cat([mask_BS, torch.ones_like(ids_BA)], dim=1)}
+                if self.accepts_positions:
+                    words["position_ids"] = num_read_B1 + torch.arange(num_tokens, device=ids_BA.device)
+            logits_BAV = self.lm(**words, cache=first.cache, use_cache=True).logits
+            first.cache.crop(-num_tokens)
+            return logits_BAV
+
+        return first, rest
 
     @torch.no_grad()
     def generate(

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from medblip.shards import Reader, ShardIndex
+from medblip.shards import Reader, Sample, ShardIndex
 from medblip.volume import place
 
 GREY, BLUE, ORANGE, GREEN = "#666666", "#1f77b4", "#d95f02", "#2a9d5c"
@@ -29,18 +30,29 @@ def draw_montage(data: str | Path, split: str, path: str | Path, per_diagnosis: 
         axis.axis("off")
     for row, found in enumerate(rows):
         for column, sample in enumerate(found):
-            flat = np.empty(sample.num_voxels, np.uint8)
-            reader.volumes([sample], flat)
-            volume_XYZ = place(flat.reshape(sample.shape), sample.pad_before, index.grid_size)
-            x, y, z = (n // 2 for n in volume_XYZ.shape)
-            planes = [volume_XYZ[:, :, z], volume_XYZ[:, y], volume_XYZ[x]]
-            picture = np.concatenate([plane.T[::-1] for plane in planes], axis=1)
-            axes[row, column].imshow(picture, cmap="gray", vmin=0, vmax=255)
+            axes[row, column].imshow(three_planes(reader, sample), cmap="gray", vmin=0, vmax=255)
             axes[row, column].set_title(f"{sample.diagnosis}   {sample.key}", color="white", fontsize=9)
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=110, facecolor="black")
     plt.close(figure)
     reader.close()
+
+
+def three_planes(reader: Reader, sample: Sample) -> NDArray[np.uint8]:
+    """A scan as the model gets it, cut through its middle: axial, coronal and sagittal side by side."""
+    flat = np.empty(sample.num_voxels, np.uint8)
+    reader.volumes([sample], flat)
+    volume_XYZ = place(flat.reshape(sample.shape), sample.pad_before, reader.index.grid_size)
+    x, y, z = (n // 2 for n in volume_XYZ.shape)
+    planes = [volume_XYZ[:, :, z], volume_XYZ[:, y], volume_XYZ[x]]
+    return np.concatenate([plane.T[::-1] for plane in planes], axis=1)
+
+
+def draw_scan(reader: Reader, sample: Sample, path: Path) -> None:
+    """The same as a picture, one pixel a voxel."""
+    import matplotlib.image
+
+    matplotlib.image.imsave(path, three_planes(reader, sample), cmap="gray", vmin=0, vmax=255)
 
 
 def draw_losses(metrics: str | Path, path: str | Path) -> None:

@@ -6,23 +6,21 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 from medblip import cli
-from medblip.evaluate import ARMS, EvaluateOptions, check_tier, evaluate_cohort, shuffle_over_subjects
-from medblip.inference import Assistant
-from medblip.shards import Sample, ShardIndex
+from medblip.guards import check_tier
+from medblip.shards import ShardIndex
 from medblip.text import DIAGNOSIS_ANSWERS
 
 SECRET = "keeps eleven quokkas"
-EVERYTHING = ("image", "text", "both", "shuffled_image", "both_shuffled")
+EVERYTHING = ("image", "text", "both", "shuffled_image", "blank_image", "both_shuffled")
 
 
 def scans():
@@ -81,27 +79,32 @@ def read_predictions(out: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_report_holds_every_cohort_by_itself_and_no_word_of_a_record(folder, medblip, monkeypatch, tmp_path):
-    read = []
+@pytest.fixture(scope="module")
+def everything(folder):
+    """Where the evaluation in all arms lies, and what it printed."""
+    command = [sys.executable, "-m", "medblip.cli", "evaluate", "--model", folder / "run", "--data", folder / "shards"]
+    command += ["--out", folder / "everything", "--arms", *EVERYTHING]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "everything", done.stdout, done.stderr
 
-    def repeat_the_prompt(self, queries_BQC, prompts, use_queries=True):  # the worst that a model could write
-        read.extend(prompts)
-        return prompts
 
-    monkeypatch.setattr(Assistant, "answer", repeat_the_prompt)
-    code, stdout, stderr = medblip(
-        "evaluate", "--model", folder / "run", "--data", folder / "shards", "--out", tmp_path, "--arms", *EVERYTHING
-    )
-    assert code == 0, stderr
-    assert all(SECRET in prompt for prompt in read) and len(read) == 15
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert files.keys() == {"report.json", "report.md", "predictions.csv", "confusion.png"}
+def test_report_holds_every_cohort_by_itself_and_no_word_of_a_record(everything):
+    out, stdout, stderr = everything
+    files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert files.keys() >= {"report.json", "report.md", "predictions.csv", "confusion.png"}
     assert not any(b"quokka" in content for content in files.values()) and "quokka" not in stdout + stderr
 
     report = json.loads(files["report.json"])
     assert report.keys() >= {"cohorts", "recipe", "ehr", "model", "commit", "split_sha256", "split", "seed", "counts"}
     assert report["ehr"] == "demographics" and report["model"] == "run/step-2"
     assert report["counts"] == {"scans": 16, "without_diagnosis": 1, "scored": 15}
+    assert report["arms"]["blank_image"] == {"record": False, "image": "blank scan"}
+    assert (report["rule"]["length"], report["rule"]["minus_null"]) == ("sum", True)
+    assert report["rule"]["chosen_on"] == "default"  # these shards have no split val
+    trained = report["trained_on"]
+    assert (trained["subjects"], trained["steps"], trained["lora"], trained["preset"]) == (9, 2, True, "tiny")
+    assert str(out.parent) not in files["report.json"].decode(), "no path"
     assert list(report["cohorts"]) == ["ONE", "THREE", "TWO"]
     three, two, one = (report["cohorts"][name] for name in ("THREE", "TWO", "ONE"))
     assert list(three) == list(two) == list(EVERYTHING)
@@ -112,18 +115,52 @@ def test_report_holds_every_cohort_by_itself_and_no_word_of_a_record(folder, med
         assert 0 <= low <= high <= 1 and len(arm["ci95"]["macro_auc"]) == 2
         rounds = 4 if arm in (three["shuffled_image"], three["both_shuffled"]) else 1  # as there are four others
         assert np.sum(arm["confusion"]) == 9 * rounds and arm["recall"].keys() == {"CN", "MCI", "AD"}
+    assert three["blank_image"]["balanced_accuracy"] == pytest.approx(1 / 3)
+    assert three["blank_image"]["macro_auc"] == 0.5, "one question for all scans has one answer"
     assert two["image"]["classes"] == ["CN", "AD"] and np.shape(two["image"]["confusion"]) == (2, 2)
-    assert list(one) == ["image", "text", "both"]  # a single subject has nobody to swap scans with
+    assert list(one) == ["image", "text", "both", "blank_image"]  # a single subject has nobody to swap scans with
     assert one["image"]["balanced_accuracy"] is None and one["image"]["n_scans"] == 2
+    assert set(report["subgroups"]["THREE"]["image"]) == {"sex F", "age 60-69", "age 70-79"}
+    assert report["subgroups"]["THREE"]["image"]["sex F"]["n_scans"] == 9
+    assert report["one_scan_per_subject"]["THREE"]["both"]["n_scans"] == 5
     for told in (
         "1 of 16 scans have no diagnosis",
         "ONE: only AD occurs",
         "TWO: only CN and AD occur",
         "ONE: there is no other",
+        "answers are compared by the default rule",
     ):
         assert any(note.startswith(told) for note in report["notes"]) and told in stderr
         assert told in files["report.md"].decode()
-    assert "THREE" in stdout and "chance" in stdout and str(tmp_path) in stdout
+    assert "THREE" in stdout and "chance" in stdout and str(out) in stdout
+
+
+def test_worst_mistakes_are_wrong_and_have_a_picture_each(everything):
+    out, *_ = everything
+    worst = json.loads((out / "report.json").read_text())["worst"]
+    assert worst
+    predictions = {(row["arm"], row["scan_id"]): row for row in read_predictions(out)}
+    for mistake in worst:
+        row = predictions[mistake["arm"], mistake["key"]]
+        assert mistake["answer"] != mistake["diagnosis"] == row["diagnosis"]
+        assert mistake["probability"] == pytest.approx(float(row[f"p_{row['diagnosis']}"]), abs=1e-6)
+        assert (out / mistake["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_same_report_as_one(folder, everything):
+    one, *_ = everything
+    launchers = {
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "medblip.cli"],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "--module", "medblip.cli"],
+    }
+    for name, (program, *words) in launchers.items():
+        command = [Path(sys.executable).parent / program, *words, "evaluate", "--model", folder / "run"]
+        command += ["--data", folder / "shards", "--out", folder / name, "--arms", *EVERYTHING]
+        done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for file in ("report.json", "predictions.csv", "report.md"):
+            assert (folder / name / file).read_bytes() == (one / file).read_bytes(), f"{name}: {file}"
 
 
 def test_predictions_name_scans_by_key_and_offer_only_what_can_be_chosen(folder, medblip, tmp_path):
@@ -133,8 +170,8 @@ def test_predictions_name_scans_by_key_and_offer_only_what_can_be_chosen(folder,
     assert code == 0
     samples = {sample.key: sample for sample in ShardIndex(folder / "shards").samples("test")}
     rows = read_predictions(tmp_path)
-    # Three arms with a row for each scan, and the shuffled one with a row for each scan and other subject.
-    assert len(rows) == 9 * (3 + 4) + 4 * (3 + 3) + 2 * 3
+    # Four arms with a row for each scan, and the shuffled one with a row for each scan and other subject.
+    assert len(rows) == 9 * (4 + 4) + 4 * (4 + 3) + 2 * 4
     for row in rows:
         sample = samples[row["scan_id"]]
         assert (row["subject_id"], row["cohort"], row["diagnosis"]) == (sample.subject, sample.cohort, sample.diagnosis)
@@ -143,11 +180,13 @@ def test_predictions_name_scans_by_key_and_offer_only_what_can_be_chosen(folder,
         assert sum(p.values()) == pytest.approx(1, abs=1e-6)
         if row["arm"] != "both":
             assert row["answer"] == DIAGNOSIS_ANSWERS[max(p, key=p.get)]
+        else:
+            assert row["answer"] in (*DIAGNOSIS_ANSWERS.values(), "other")
     # An image counts in its arm, the record in its own, and a batch changes nothing.
     by_arm = defaultdict(list)
     for row in rows:
         by_arm[row["arm"]].append((row["scan_id"], float(row["p_AD"])))
-    assert len({tuple(sorted(p)) for p in by_arm.values()}) == 4
+    assert len({tuple(sorted(p)) for p in by_arm.values()}) == 5
     medblip("evaluate", "--model", folder / "run", "--data", folder / "shards", "--out", tmp_path, "--batch", 1)
     for before, after in zip(rows, read_predictions(tmp_path), strict=True):
         assert (before["arm"], before["scan_id"]) == (after["arm"], after["scan_id"])
@@ -191,51 +230,6 @@ def test_a_lower_tier_is_fine_and_a_higher_one_is_not():
     assert check_tier("none", "cognition") == "none" and check_tier("cognition", "cognition") == "cognition"
     with pytest.raises(ValueError, match="--ehr staging.*trained with cognition"):
         check_tier("staging", "cognition")
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_shuffled_images_are_never_the_subject_s_own(seed):
-    subjects = list("aabbbcdee") if seed % 2 else list("ab")
-    rounds = shuffle_over_subjects(subjects, 3, seed)
-    assert len(rounds) == min(3, len(set(subjects)) - 1)
-    for other in rounds:
-        assert all(subjects[row] != subject for row, subject in zip(other, subjects, strict=True))
-    givers = [tuple(subjects[row] for row in other) for other in rounds]
-    assert len(set(givers)) == len(rounds), "each round takes from another subject"
-    assert rounds == shuffle_over_subjects(subjects, 3, seed)
-    assert shuffle_over_subjects(["a", "a"], 3, seed) == []
-
-
-def test_each_arm_reads_what_its_name_says():
-    samples = [Sample(f"k{i}", 0, (0, 0), (0, 0), (1, 1, 1), (0, 0, 0), "C", f"s{i // 2}", d) for i, d in
-               enumerate(["CN", "CN", "MCI", "MCI", "AD", "AD"])]  # fmt: skip
-
-    class Listener:
-        """Answers with what it was given: p_CN tells the image (0: none), p_MCI the record (0: none)."""
-
-        def diagnose(self, queries_BQC, records, classes, use_queries):
-            image_B = (queries_BQC[:, 0, 0] + 1) * use_queries / 20
-            record_B = torch.tensor([int(text.removeprefix("record ") or -1) + 1 for text in records]) / 20
-            return torch.stack([image_B, record_B, 1 - image_B - record_B], dim=1)
-
-        def answer(self, queries_BQC, prompts):
-            return ["dementia, surely"] * len(prompts)
-
-    options = EvaluateOptions(model="", data="", arms=EVERYTHING, batch=4)
-    records = [f"record {i}" for i in range(6)]
-    predictions, notes = evaluate_cohort(Listener(), samples, torch.arange(6.0).view(6, 1, 1), records, options)
-    assert not notes
-    rounds = {name: 2 if "shuffled" in name else 1 for name in EVERYTHING}
-    assert Counter(found.arm for found in predictions) == {name: 6 * number for name, number in rounds.items()}
-    for found in predictions:
-        image, record = (round(found.probabilities[name] * 20) - 1 for name in ("CN", "MCI"))
-        row = samples.index(found.sample)
-        assert record == (row if ARMS[found.arm].record else -1)
-        if "shuffled" in found.arm:
-            assert samples[image].subject != found.sample.subject
-        else:
-            assert image == (-1 if found.arm == "text" else row)
-        assert found.answer == ("other" if found.arm == "both" else "Dementia")
 
 
 def test_ask_prints_only_json_and_its_probabilities_sum_to_1(folder, medblip):

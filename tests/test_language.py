@@ -364,3 +364,46 @@ def test_an_encoder_decoder_without_a_start_for_its_answers_is_refused():
     pretrained.config.decoder_start_token_id = pretrained.generation_config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="set decoder_start_token_id"):
         Language(pretrained, WIDTH, False, 4, 8, 0.0)
+
+
+@pytest.mark.parametrize(("kind", "lora"), [*KINDS, *((kind, True) for kind in OTHERS)])
+@pytest.mark.parametrize("num_queries", [3, 0])
+def test_options_that_share_one_reading_of_the_prompt_score_as_each_by_itself(kind, lora, num_queries):
+    language = build(kind, lora)
+    queries = some_queries(num_queries)
+    prompts = (queries, torch.tensor([num_queries > 0] * 2), PROMPT_IDS, IS_PROMPT)
+    options = [torch.tensor(ids) for ids in ([31, 2], [41, 42, 43, 2], [2], [51, 52, 2])]
+    logp_BO, is_written_BO = language.score_options(*prompts, options)
+    for number, ids in enumerate(options):
+        answer_ids = ids.expand(2, -1)
+        alone = language(*prompts, answer_ids, torch.ones_like(answer_ids, dtype=torch.bool))
+        torch.testing.assert_close(logp_BO[:, number], alone.sum(1), atol=1e-5, rtol=1e-6)
+    assert logp_BO.isfinite().all() and is_written_BO.sum(1).max() <= 1
+    again, _ = language.score_options(*prompts, options[::-1])
+    torch.testing.assert_close(again.flip(1), logp_BO, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "lora"), [*KINDS, *((kind, False) for kind in PUBLISHED)])
+def test_an_option_counts_as_written_exactly_where_greedy_generation_writes_it(kind, lora):
+    language = build(kind, lora)
+    prompts = (some_queries(3), WITH_QUERIES, PROMPT_IDS, IS_PROMPT)
+    written_BA, _ = language.generate(*prompts, end_token_id=2, pad_token_id=1, max_new_tokens=6)
+    for row, ids in enumerate(written_BA):
+        ids = ids[: int((ids == 2).nonzero()[0]) + 1] if (ids == 2).any() else ids
+        other = ids.clone()
+        other[-1] = (other[-1] + 1) % 80
+        _, is_written_BO = language.score_options(*prompts, [other, ids])
+        assert is_written_BO[row].tolist() == [False, True]
+
+
+def test_a_model_that_cannot_forget_an_option_reads_each_with_the_prompt_anew(monkeypatch):
+    from transformers import DynamicCache
+
+    language = build("llama", True)
+    prompts = (some_queries(3), WITH_QUERIES, PROMPT_IDS, IS_PROMPT)
+    options = [torch.tensor(ids) for ids in ([31, 2], [41, 42, 43, 2])]
+    shared, _ = language.score_options(*prompts, options)
+    monkeypatch.setattr(DynamicCache, "is_croppable", property(lambda self: False))
+    monkeypatch.setattr(DynamicCache, "crop", lambda self, count: pytest.fail("it cannot"))
+    anew, _ = language.score_options(*prompts, options)
+    torch.testing.assert_close(anew, shared, atol=1e-5, rtol=1e-6)

@@ -1,0 +1,147 @@
+"""From the answers of one cohort to its entries in the report: scores by arm, subgroup and subject, and comparisons.
+
+N predictions, K classes. Cohorts are scored apart and never pooled: the cohort alone predicts much of the class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medblip.asking import Scan
+from medblip.metrics import score
+from medblip.text import DIAGNOSIS_ANSWERS
+
+WITHOUT_SHUFFLING = ("image", "text", "both")
+"""Arms that are looked at in subgroups, and by one scan per subject."""
+
+SCORES = ("balanced_accuracy", "macro_auc", "macro_f1", "recall", "confusion", "ci95")
+
+
+class Prediction(NamedTuple):
+    """One scan in one arm: a probability for each class that was offered, and the answer."""
+
+    scan: Scan
+    arm: str
+    probabilities: dict[str, float]
+    answer: str
+
+
+class Draws(NamedTuple):
+    """Of the bootstrap."""
+
+    number: int
+    seed: int
+
+
+def classes_of(diagnoses: Iterable[str | None]) -> list[str]:
+    """The diagnoses that occur, in the order of DIAGNOSIS_ANSWERS."""
+    occurring = set(diagnoses)
+    return [name for name in DIAGNOSIS_ANSWERS if name in occurring]
+
+
+def offered_of(classes: list[str]) -> list[str]:
+    """The diagnoses that are offered as answers to a cohort with these classes: its own two where it has two."""
+    return classes if len(classes) == 2 else list(DIAGNOSIS_ANSWERS)
+
+
+def by_arm(predictions: list[Prediction]) -> dict[str, list[Prediction]]:
+    """Predictions in their order, arm by arm."""
+    return {
+        name: [found for found in predictions if found.arm == name]
+        for name in dict.fromkeys(found.arm for found in predictions)
+    }
+
+
+def score_arms(predictions: list[Prediction], draws: Draws) -> dict[str, dict[str, Any]]:
+    """The scores of each arm."""
+    return {name: score_some(rows, draws) for name, rows in by_arm(predictions).items()}
+
+
+def score_some(rows: list[Prediction], draws: Draws) -> dict[str, Any]:
+    """The scores of one arm, or of a part of it; None where it has a single class."""
+    samples = [row.scan.sample for row in rows]
+    classes = classes_of(sample.diagnosis for sample in samples)
+    entry = {
+        "n_subjects": len({sample.subject for sample in samples}),
+        "n_scans": len({sample.key for sample in samples}),
+        "classes": classes,
+    }
+    if len(classes) == 1:
+        return entry | dict.fromkeys(SCORES)
+    truth, subjects = [sample.diagnosis for sample in samples], [sample.subject for sample in samples]
+    return score(truth, _matrix(rows, classes), classes, subjects, draws.number, draws.seed) | entry
+
+
+def score_subgroups(predictions: list[Prediction], draws: Draws) -> dict[str, dict[str, Any]]:
+    """The scores of each arm by sex, age band and field strength; a scan without the field is in no group."""
+    return {
+        name: {
+            f"{title} {group}" if title else group: _brief(score_some(members, draws))
+            for title, group_of in GROUPS.items()
+            for group, members in _grouped(rows, group_of).items()
+        }
+        for name, rows in by_arm(predictions).items()
+        if name in WITHOUT_SHUFFLING
+    }
+
+
+def score_one_scan_per_subject(predictions: list[Prediction], draws: Draws) -> dict[str, dict[str, Any]]:
+    """The scores of each arm on one scan of each subject, that of the lowest KEY, which is a hash."""
+    entries = {}
+    for name, rows in by_arm(predictions).items():
+        if name in WITHOUT_SHUFFLING:
+            first: dict[str, Prediction] = {}
+            for row in sorted(rows, key=lambda row: row.scan.sample.key):
+                first.setdefault(row.scan.sample.subject, row)
+            entries[name] = _brief(score_some(list(first.values()), draws))
+    return entries
+
+
+def worst_mistakes(predictions: list[Prediction], arm: str, count: int) -> list[Prediction]:
+    """The predictions of an arm that gave the true class the lowest probability, wrong ones only, one per subject."""
+    worst: dict[str, Prediction] = {}
+    for row in sorted(predictions, key=lambda row: row.probabilities.get(row.scan.sample.diagnosis, 0.0)):
+        if row.arm == arm and max(row.probabilities, key=row.probabilities.get) != row.scan.sample.diagnosis:
+            worst.setdefault(row.scan.sample.subject, row)
+    return list(worst.values())[:count]
+
+
+def _age_band(fields: dict) -> str | None:
+    age_years = fields.get("age_years")
+    return None if age_years is None else f"{age_years // 10 * 10:.0f}-{age_years // 10 * 10 + 9:.0f}"
+
+
+def _field_strength(fields: dict) -> str | None:
+    tesla = fields.get("field_strength_t")
+    return None if tesla is None else f"{tesla:.1f} T"
+
+
+GROUPS: dict[str, Callable[[dict], str | None]] = {
+    "sex": lambda fields: fields.get("sex"),
+    "age": _age_band,
+    "": _field_strength,
+}
+
+
+def _grouped(rows: list[Prediction], group_of: Callable[[dict], str | None]) -> dict[str, list[Prediction]]:
+    groups: dict[str, list[Prediction]] = {}
+    for row in rows:
+        if (group := group_of(row.scan.fields)) is not None:
+            groups.setdefault(group, []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def _matrix(rows: list[Prediction], classes: list[str]) -> NDArray:
+    """Probabilities of these classes, `N K`; each row sums to 1 again where others were offered too."""
+    p_NK = np.array([[row.probabilities[name] for name in classes] for row in rows])
+    total_N1 = p_NK.sum(axis=1, keepdims=True)
+    return np.divide(p_NK, total_N1, out=np.full_like(p_NK, 1 / len(classes)), where=total_N1 != 0)
+
+
+def _brief(entry: dict[str, Any]) -> dict[str, Any]:
+    """Without the curves, which would fill the report with one for every group."""
+    return {name: value for name, value in entry.items() if name not in ("roc", "reliability")}

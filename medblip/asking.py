@@ -1,0 +1,120 @@
+"""The two steps that cost time in an evaluation: every scan is encoded once, and every different question asked once.
+
+N scans, Q queries, C width. Used by `medblip evaluate` and by the validation during training.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from medblip.arms import BLANK, Ask
+from medblip.config import EhrTier
+from medblip.inference import Asker
+from medblip.shards import Reader, Sample
+from medblip.share import Crew
+from medblip.text import render_record
+
+READ_AHEAD = 400
+"""Samples whose shards are opened, and where need be fetched, ahead of the one that is read."""
+
+
+class Scan(NamedTuple):
+    """A sample with its record; the record never leaves the evaluation as text."""
+
+    sample: Sample
+    fields: dict
+    report: str
+    extent_mm: tuple[float, float, float]
+
+
+class Scores(NamedTuple):
+    """What came of one ask: the options' log-likelihoods, and the option that the model would write (None: another)."""
+
+    logp: list[float]
+    written: int | None
+
+
+@dataclass(frozen=True)
+class Interview:
+    """Encoded scans and a model that can be asked about them."""
+
+    asker: Asker
+    scans: list[Scan]
+    queries_NQC: Tensor
+    """Of the scans, on the CPU."""
+    tier: EhrTier
+    batch: int
+    crew: Crew
+
+    def records(self, rows: list[int]) -> list[str]:
+        """The records of these scans as text, at the tier."""
+        return [render_record(self.scans[row].fields, self.scans[row].report, self.tier) for row in rows]
+
+    def score(self, asks: list[Ask], answers: tuple[str, ...]) -> dict[Ask, Scores]:
+        """Scores these options under each ask; equal asks are asked once."""
+
+        def do(some: list[Ask]) -> list[Scores]:
+            reads_image = some[0].image is not None
+            logp_BO, is_written_BO = self.asker.score_options(*self._inputs(some), answers, reads_image)
+            return [
+                Scores(logp_O.tolist(), int(is_written_O.long().argmax()) if is_written_O.any() else None)
+                for logp_O, is_written_O in zip(logp_BO, is_written_BO, strict=True)
+            ]
+
+        return self._each(asks, do, "asking")
+
+    def write(self, asks: list[Ask]) -> dict[Ask, str]:
+        """The model's own words to each ask; equal asks are asked once."""
+
+        def do(some: list[Ask]) -> list[str]:
+            return self.asker.answer(*self._inputs(some), some[0].image is not None)
+
+        return self._each(asks, do, "writing")
+
+    def _each(self, asks: list[Ask], do: Callable[[list[Ask]], list], what: str) -> dict[Ask, Any]:
+        """Prompts of a length go together; asks with and without an image apart."""
+        batches: list[list[Ask]] = []
+        for ask in sorted(set(asks), key=lambda ask: (ask.image is None, len(ask.prompt), *map(str, ask))):
+            if not batches or len(batches[-1]) == self.batch or (batches[-1][0].image is None) != (ask.image is None):
+                batches.append([])
+            batches[-1].append(ask)
+        found = self.crew.share(batches, do, what=what)
+        return dict(zip(itertools.chain(*batches), itertools.chain(*found), strict=True))
+
+    def _inputs(self, some: list[Ask]) -> tuple[Tensor, list[str]]:
+        queries_BQC = self.queries_NQC[[0 if ask.image in (None, BLANK) else ask.image for ask in some]]
+        for place, ask in enumerate(some):
+            if ask.image == BLANK:
+                queries_BQC[place] = self.asker.blank_QC.cpu()
+        return queries_BQC, [ask.prompt for ask in some]
+
+
+def encode(asker: Asker, reader: Reader, samples: list[Sample], tier: EhrTier, batch: int, crew: Crew) -> Interview:
+    """Reads every sample and encodes it once."""
+
+    def read(start: int) -> tuple[list[Sample], Tensor, list[Scan]]:
+        some = samples[start : start + batch]
+        flat = torch.empty(sum(sample.num_voxels for sample in some), dtype=torch.uint8)
+        reader.expect(sample.shard for sample in samples[start : start + batch + READ_AHEAD])
+        reader.volumes(some, flat.numpy())
+        return some, flat, [_scan(reader, sample) for sample in some]
+
+    def do(ready: tuple[list[Sample], Tensor, list[Scan]]) -> tuple[list[Scan], Tensor]:
+        some, flat, scans = ready
+        return scans, asker.encode(asker.volumes(flat, some)).cpu()
+
+    found = crew.share(list(range(0, len(samples), batch)), do, read, "encoding")
+    scans = [scan for some, _ in found for scan in some]
+    return Interview(asker, scans, torch.cat([queries_BQC for _, queries_BQC in found]), tier, batch, crew)
+
+
+def _scan(reader: Reader, sample: Sample) -> Scan:
+    record = reader.record(sample)
+    extent_mm = tuple(n * edge_mm for n, edge_mm in zip(record["shape"], record["spacing_mm"], strict=True))
+    return Scan(sample, record["fields"], record["report"], extent_mm)

@@ -1,0 +1,79 @@
+"""From the log-likelihoods of the options to probabilities, by a rule that is chosen on validation and then fixed.
+
+N asks, O options. An option's log-likelihood may be taken whole, per token or per character, and with or without the
+null: what the same option gets with a blank volume and the question alone. Without the null a short or frequent answer
+wins whatever the scan shows; source: domain-conditional PMI (arXiv 2104.08315).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Rule(NamedTuple):
+    """How options are compared."""
+
+    length: Literal["sum", "per token", "per character"]
+    minus_null: bool
+
+
+RuleName = Literal[
+    "sum-minus-null", "sum", "per-token-minus-null", "per-token", "per-character-minus-null", "per-character"
+]
+RULES: dict[RuleName, Rule] = {
+    "sum-minus-null": Rule("sum", True),
+    "sum": Rule("sum", False),
+    "per-token-minus-null": Rule("per token", True),
+    "per-token": Rule("per token", False),
+    "per-character-minus-null": Rule("per character", True),
+    "per-character": Rule("per character", False),
+}
+DEFAULT_RULE = RULES["sum-minus-null"]
+
+
+class Options(NamedTuple):
+    """Answers to choose from, with what a rule needs to know of them."""
+
+    answers: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+    """With the end token."""
+    null_logp: tuple[float, ...]
+
+
+def probabilities(logp_NO: NDArray, options: Options, rule: Rule) -> NDArray:
+    """Softmax over the options, `N O` in float64; NaN where a log-likelihood is NaN.
+
+    Args:
+        logp_NO: log-likelihood of each whole option with its end token.
+        options: what they are.
+        rule: how they are compared.
+    """
+    score_NO = np.array(logp_NO, dtype=np.float64).reshape(-1, len(options.answers))
+    if rule.minus_null:
+        score_NO = score_NO - np.array(options.null_logp)
+    if rule.length == "per token":
+        score_NO = score_NO / np.array(options.num_tokens)
+    if rule.length == "per character":
+        score_NO = score_NO / np.array([len(answer) for answer in options.answers])
+    score_NO = np.exp(score_NO - score_NO.max(axis=1, keepdims=True))
+    return score_NO / score_NO.sum(axis=1, keepdims=True)
+
+
+def choose_rule(truth_N: NDArray, logp_NO: NDArray, options: Options) -> tuple[Rule, dict[str, float]]:
+    """The rule with the highest balanced accuracy, the earlier of RULES where they are equal; and that of each.
+
+    Args:
+        truth_N: number of the right option.
+        logp_NO: as in `probabilities`.
+        options: what they are.
+    """
+    from sklearn.metrics import balanced_accuracy_score
+
+    scores = {
+        name: float(balanced_accuracy_score(truth_N, probabilities(logp_NO, options, rule).argmax(axis=1)))
+        for name, rule in RULES.items()
+    }
+    return RULES[max(scores, key=scores.get)], scores
