@@ -29,6 +29,15 @@ BLIP2_PARTS = (
 )
 """All that a composite BLIP-2 checkpoint may hold."""
 EVA_DEPTH, EVA_HEAD_WIDTH = 39, 88
+EVA_BLOCK = (
+    *(
+        f"{part}.{kind}"
+        for part in ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ),
+    *("attn.qkv.weight", "attn.q_bias", "attn.v_bias"),
+)
+"""The weights of one of its blocks: no bias on the keys."""
 EVA_LEFTOVERS = rf"blocks\.{EVA_DEPTH}\.|(norm|fc_norm|head)\.|mask_token$"
 """EVA-ViT-g's last block, norm and head: BLIP-2 does without them."""
 BERT_LEFTOVERS = r"bert\.pooler\.|cls\.|bert\.embeddings\.position_ids$"
@@ -214,7 +223,7 @@ def _open(path: Path) -> Weights:
             raise ValueError("it does not hold weights by name")
         return {name: lambda tensor=tensor: tensor for name, tensor in tensors.items()}
     except Exception as error:  # whatever safetensors, zip and pickle raise on damaged bytes
-        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+        raise ValueError(f"{path} cannot be read as weights: {str(error) or type(error).__name__}") from error
 
 
 def _part(source: str, weights: Weights, prefix: str) -> Weights:
@@ -240,7 +249,10 @@ def _from_lavis(source: str, weights: Weights):
     from transformers import Blip2VisionConfig
 
     telling = ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-    _refuse(source, missing=[name for name in telling if name not in weights])
+    expected = {*telling, "cls_token", "patch_embed.proj.bias"}
+    expected |= {f"blocks.{number}.{name}" for number in range(EVA_DEPTH) for name in EVA_BLOCK}
+    strangers = [name for name in weights.keys() - expected if not re.match(EVA_LEFTOVERS, name)]
+    _refuse(source, expected - weights.keys(), strangers)
     (_, num_positions, _), (width, *_, patch_size), (mlp_width, _) = (weights[name]().shape for name in telling)
     config = Blip2VisionConfig(
         hidden_size=width,
@@ -252,9 +264,8 @@ def _from_lavis(source: str, weights: Weights):
     )
     weights = _renamed(weights, EVA_NAMES, EVA_LEFTOVERS)
     for prefix in (f"encoder.layers.{number}.self_attn." for number in range(EVA_DEPTH)):
-        if {f"{prefix}q_bias", f"{prefix}v_bias"} <= weights.keys():
-            query, value = weights.pop(f"{prefix}q_bias"), weights.pop(f"{prefix}v_bias")
-            weights[f"{prefix}qkv.bias"] = lambda q=query, v=value: torch.cat([q(), torch.zeros_like(q()), v()])
+        query, value = weights.pop(f"{prefix}q_bias"), weights.pop(f"{prefix}v_bias")
+        weights[f"{prefix}qkv.bias"] = lambda q=query, v=value: torch.cat([q(), torch.zeros_like(q()), v()])
     weights["post_layernorm.weight"] = lambda: torch.ones(width)
     weights["post_layernorm.bias"] = lambda: torch.zeros(width)
     log.warning("%s: no LayerNorm after the last block (BLIP-2's ln_vision); it starts as the identity", source)

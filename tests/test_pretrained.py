@@ -114,16 +114,31 @@ def test_lavis_s_file_gives_39_of_its_40_blocks_and_says_that_the_last_norm_is_n
 
 def test_half_of_lavis_s_file_and_a_file_of_something_else_are_refused_by_name(tmp_path):
     published.eva_vit_g(tmp_path / "half.pth", num_blocks=20)
-    with pytest.raises(ValueError, match=r"weights are missing from the checkpoint \(encoder.layers.20.layer_norm1"):
+    with pytest.raises(ValueError, match=r"247 weights are missing from the checkpoint \(blocks.20.attn.proj.bias"):
         vision_of(tmp_path / "half.pth")
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="other.pth cannot be read as weights: it does not hold weights by name"):
         vision_of(tmp_path / "other.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "another.pth")
     with pytest.raises(
-        ValueError, match=r"3 weights are missing .*\(blocks.0.mlp.fc1.weight, patch_embed.*, pos_embed\)"
+        ValueError, match=r"511 weights are missing .*\(blocks.0.attn.proj.bias, .*; 1 weights .* unknown \(weight\)"
     ):
         vision_of(tmp_path / "another.pth")
+    whole = published.eva_vit_g(tmp_path / "whole.pth")
+    for name in ("blocks.7.attn.q_bias", "blocks.38.norm2.weight", "cls_token"):  # named as the file names them
+        torch.save({other: whole[other] for other in whole if other != name}, tmp_path / "less.pth")
+        with pytest.raises(
+            ValueError, match=rf"less.pth \(file\): 1 weights are missing from the checkpoint \({name}\)$"
+        ):
+            vision_of(tmp_path / "less.pth")
+    torch.save(whole | {"blocks.3.gamma_1": torch.zeros(176)}, tmp_path / "more.pth")
+    with pytest.raises(
+        ValueError, match=r"more.pth \(file\): 1 weights of the checkpoint are unknown \(blocks.3.gamma_1\)$"
+    ):
+        vision_of(tmp_path / "more.pth")
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(ValueError, match="empty.pth cannot be read as weights: EOFError"):
+        vision_of(tmp_path / "empty.pth")
 
 
 @torch.no_grad()
