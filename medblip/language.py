@@ -84,7 +84,6 @@ class Language(nn.Module):
                     lora_dropout=dropout,
                     target_modules="all-linear",  # but the output layer
                     fan_in_fan_out=any(isinstance(module, Conv1D) for module in pretrained.modules()),
-                    task_type="SEQ_2_SEQ_LM" if self.is_encoder_decoder else "CAUSAL_LM",
                 ),
                 autocast_adapter_dtype=False,  # one dtype in the model: ZeRO-3 cannot gather a mixture
             )

@@ -254,6 +254,16 @@ def test_a_model_that_is_not_a_language_model_is_refused_by_its_kind(checkpoints
         build_words(config_of(folder))
 
 
+def test_a_language_model_whose_attention_has_a_config_of_its_own_is_one(checkpoints, tmp_path):
+    folder = tmp_path / "mpt"
+    shutil.copytree(checkpoints / "phi", folder)  # its tokenizer
+    sizes = dict(vocab_size=400, d_model=32, n_layers=2, n_heads=2, expansion_ratio=2)
+    hf.MptForCausalLM(hf.MptConfig(**sizes)).save_pretrained(folder)
+    config = config_of(folder)
+    terms = MedBLIP(config, GRID, CPU)(make_batch(build_words(config)))
+    assert terms["loss_lm"].isfinite()
+
+
 def test_lm_takes_the_place_of_the_presets_language_model_alone():
     config = TrainConfig(data="", run="", deepspeed_config="", lm="a/b")
     without = dataclasses.replace(config, lm=None).model_config()
