@@ -128,11 +128,14 @@ def load_qformer(
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
     if random:
         model, beside = Blip2QFormerModel._from_config(config, attn_implementation=attention), {}
+        remark = ", random"
     else:
         weights, beside = weights_on_disk(source), {}
+        remark = "" if is_composite else ", without queries, text embedding and projections: those start random"
         if is_bert:
             model = Blip2QFormerModel._from_config(config, attn_implementation=attention)
             weights, beside = _from_bert(source, weights, model)
+            remark = ", without cross-attention, queries and projections: those start random"
         else:
             with torch.device("meta"):
                 model = Blip2QFormerModel._from_config(config, attn_implementation=attention)
@@ -140,7 +143,7 @@ def load_qformer(
                 beside = _beside_qformer(source, weights)
             weights = _part(source, weights, "qformer.")
         fill(model, weights, source, torch.float32)  # all of it is trained
-    report("qformer", source, model, ", random" * random)
+    report("qformer", source, model, remark)
     return model.eval(), beside
 
 
@@ -174,6 +177,7 @@ def load_language(source: str, dtype: torch.dtype, attention: str, **overrides) 
     wrong = [f"{name} {tuple(found)} instead of {tuple(asked)}" for name, found, asked in info["mismatched_keys"]]
     strangers = [name for name in info["unexpected_keys"] if not re.match(BUFFERS, name)]
     _refuse(source, info["missing_keys"], strangers, wrong)
+    _refuse_not_finite(source, model)
     report("language", source, model)
     return model
 
@@ -322,6 +326,7 @@ def fill(model: nn.Module, weights: Weights, source: str, dtype: torch.dtype) ->
         read[name] = tensor.to(dtype, copy=True)  # the file's own pages must not be trained
     _refuse(source, wrong=wrong)
     model.load_state_dict(read, assign=True)
+    _refuse_not_finite(source, model)
 
 
 @torch.no_grad()
@@ -343,18 +348,25 @@ def place(model: nn.Module, weights: Weights, source: str) -> None:
     _refuse(source, wrong=wrong)
 
 
-def _refuse(source: str, missing=(), strangers=(), wrong=()) -> None:
+def _refuse(source: str, missing=(), strangers=(), wrong=(), not_finite=()) -> None:
     problems = [
         f"{len(names)} weights {what} ({', '.join(sorted(names)[:8])}{', ...' * (len(names) > 8)})"
         for names, what in (
             (missing, "are missing from the checkpoint"),
             (strangers, "of the checkpoint are unknown"),
             (wrong, "have another shape"),
+            (not_finite, "hold values that are not finite"),
         )
         if names
     ]
     if problems:
         raise ValueError(f"{towers.describe(source)}: {'; '.join(problems)}")
+
+
+def _refuse_not_finite(source: str, model: nn.Module) -> None:
+    # A sum is enough, and needs no copy: what is not finite stays so in it.
+    state = model.state_dict().items()
+    _refuse(source, not_finite=[name for name, value in state if not value.sum(dtype=torch.float32).isfinite()])
 
 
 def report(part: str, source: str, model: nn.Module, remark: str = "") -> None:

@@ -307,6 +307,7 @@ def test_a_language_model_s_missing_unknown_and_misshapen_weights_are_named(tmp_
         (lambda w: w.pop("transformer.h.1.mlp.c_fc.weight"), r"1 weights are missing .*h.1.mlp.c_fc.weight"),
         (lambda w: w.update({"transformer.h.9.extra": torch.zeros(2)}), r"unknown \(transformer.h.9.extra\)"),
         (lambda w: w.update({"transformer.ln_f.bias": torch.zeros(7)}), r"ln_f.bias \(7,\) instead of \(32,\)"),
+        (lambda w: w.update({"transformer.ln_f.bias": torch.full((32,), torch.nan)}), r"not finite \(.*ln_f.bias\)"),
     ):
         weights = copy.copy(whole)
         edit(weights)
@@ -345,6 +346,32 @@ def test_one_line_of_the_log_says_what_a_tower_is(blip2, caplog):
         (line,) = caplog.messages
         assert f"vision: {folder} (folder), Blip2VisionModel, 0.0 M parameters, {str(dtype)[6:]}, attention" in line
         assert re.search(r"attention sdpa, fingerprint [0-9a-f]{16}$", line)
+
+
+def test_a_vision_weight_that_is_not_a_number_is_named(tmp_path):
+    weights = published.eva_vit_g(tmp_path / "eva.pth")
+    weights["blocks.5.mlp.fc1.bias"][3] = torch.inf
+    torch.save(weights, tmp_path / "eva.pth")
+    told = r"1 weights hold values that are not finite \(encoder.layers.5.mlp.fc1.bias\)"
+    with pytest.raises(ValueError, match=told):
+        vision_of(tmp_path / "eva.pth")
+
+
+def test_the_log_says_which_parts_of_the_qformer_the_checkpoint_lacks(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "medblip")
+    whole = published.blip2(tmp_path / "blip2")
+    whole.qformer.save_pretrained(tmp_path / "plain")
+    published.bert(tmp_path / "bert")
+    told = {}
+    for name in ("blip2", "plain", "bert"):
+        caplog.clear()
+        qformer_of(tmp_path / name)
+        told[name] = caplog.messages[-1].split("fingerprint ")[1][16:]
+    assert told == {
+        "blip2": "",
+        "plain": ", without queries, text embedding and projections: those start random",
+        "bert": ", without cross-attention, queries and projections: those start random",
+    }
 
 
 def test_weights_are_copies_of_the_file_s(blip2):
