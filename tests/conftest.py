@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,13 +34,36 @@ def free_port() -> str:
         return str(taken.getsockname()[1])
 
 
+# The files that take longest, for xdist to hand out first, so that no worker ends on one. The first makes the tiny
+# towers on a fresh machine; the second, which another worker begins with, does not wait for them.
+LONG_FILES = (
+    "test_train.py",
+    "test_build.py",
+    "test_language.py",
+    "test_evaluate.py",
+    "test_zero.py",
+    "test_distributed.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def made_up_shards(tmp_path_factory) -> Path:
-    """Shards of six made-up patients at 48^3, written by the commands that a user would type."""
-    folder = tmp_path_factory.mktemp("made_up")
-    for command in (
-        f"sharding.madeup --out {folder}/release --subjects 6 --workers 1",
-        f"sharding.build --manifest {folder}/release/manifest.csv --out {folder}/shards --size 48 --spacing-mm 4.5",
-    ):
-        subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, check=True)
+    """Shards of six made-up patients at 48^3, written by the commands that a user would type, once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "made_up"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "shards/index.json").exists():
+            for command in (
+                f"sharding.madeup --out {folder}/release --subjects 6 --workers 1",
+                f"sharding.build --manifest {folder}/release/manifest.csv --out {folder}/shards --size 48"
+                " --spacing-mm 4.5",
+            ):
+                subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, check=True)
     return folder / "shards"
