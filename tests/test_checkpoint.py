@@ -3,9 +3,13 @@
 import hashlib
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT, free_port
 
 from medblip import checkpoint
 from medblip.distributed import Rank
@@ -131,3 +135,37 @@ def test_a_write_that_fails_is_a_warning_and_leaves_what_was_there(run, monkeypa
     broken[0] = False
     writer.save(None, {"step": 8, **MADE_OF})
     assert writer.wait() and checkpoint.newest_whole(run, MADE_OF).name == "step-8"
+
+
+ENGINES = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+def sizes_on_two_ranks(folder, cells):
+    """Cell -> (bytes of its checkpoint, trainable weights, weights that share their memory with another)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command += ["tests/checkpoint_worker.py", str(folder), *cells]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "sizes.json").read_text())
+
+
+def assert_no_more_than_what_is_trained(sizes, cells):
+    assert list(sizes) == cells
+    for cell, (size_bytes, num_trainable, num_tied) in sizes.items():
+        assert num_tied > 0, f"{cell}: no tied weight, so nothing is shown"
+        needed_bytes = 3 * 4 * num_trainable  # float32: weights and two moments
+        assert needed_bytes < size_bytes <= 1.05 * needed_bytes, f"{cell}: {size_bytes / needed_bytes:.3f} x"
+
+
+def test_a_checkpoint_is_no_larger_than_what_is_trained(tmp_path):
+    cells = ["tiny,zero2,lora", "tiny,zero3,frozen"]
+    assert_no_more_than_what_is_trained(sizes_on_two_ranks(tmp_path, cells), cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["tiny", "tiny-t5"])
+@pytest.mark.parametrize("lora", ["lora", "frozen"])
+def test_a_checkpoint_is_no_larger_than_what_is_trained_at_every_stage(tmp_path, preset, lora):
+    cells = [f"{preset},{engine},{lora}" for engine in ENGINES]
+    assert_no_more_than_what_is_trained(sizes_on_two_ranks(tmp_path, cells), cells)
