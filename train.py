@@ -142,8 +142,8 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     if folder is not None:
         checkpoint.load_engine(folder, engine)
     if control.any(stopping.wanted)[0]:
-        log.info("stopped by %s before the first step: nothing to save", stopping.reasons or "another rank's signal")
         stopping.take_file()
+        log.info("stopped by %s before the first step: nothing to save", stopping.reasons or "another rank's signal")
         status.write("stopped", step, stopped_by=stopping.reasons)
         return SAVED_RUN_ME_AGAIN
 
@@ -214,8 +214,8 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
         status.write("done", step)
         log.info("done: %d steps in %s; medblip evaluate --model %s --data %s is next", step, run, run, config.data)
         return 0
-    reasons = sorted({reason for some in control.gather(stopping.reasons) for reason in some})
     stopping.take_file()
+    reasons = sorted({reason for some in control.gather(stopping.reasons) for reason in some})
     status.write("stopped", step, stopped_by=reasons)
     log.info(
         "stopped by %s after step %d of %d; the same command goes on from there",

@@ -66,9 +66,11 @@ class Stopping:
         return bool(self.reasons)
 
     def take_file(self) -> None:
-        """Removes the stop file that was obeyed, so that the same command goes on next time."""
-        if self.run is not None:
-            (self.run / "stop").unlink(missing_ok=True)
+        """Removes the stop file, so that the same command goes on next time: a reason, even if a signal came first."""
+        if self.run is not None and (self.run / "stop").exists():
+            (self.run / "stop").unlink()
+            if "the stop file" not in self.reasons:
+                self.reasons.append("the stop file")
 
 
 def launchers() -> dict[int, tuple[str, str]]:
