@@ -16,10 +16,11 @@
 set -euo pipefail
 
 source slurm/env.sh
+[ -n "${SLURM_JOB_ID:-}" ] || exec sbatch "${MEDBLIP_CLUSTER[@]}" "$0" "$@"
 export OMP_NUM_THREADS=1 # the workers are the parallelism
 
 # The tasks of --array=0-3, 1-4 and 1-7:2 are all parts 1 to 4 of 4.
 task=$(((${SLURM_ARRAY_TASK_ID:-1} - ${SLURM_ARRAY_TASK_MIN:-1}) / ${SLURM_ARRAY_TASK_STEP:-1} + 1))
 part=$task/${SLURM_ARRAY_TASK_COUNT:-1}
 
-srun python -m sharding.build --workers "$SLURM_CPUS_PER_TASK" --part "$part" "$@"
+srun "${medblip_in[@]}" python -m sharding.build --workers "$SLURM_CPUS_PER_TASK" --part "$part" "$@"

@@ -14,8 +14,10 @@
 set -euo pipefail
 
 source slurm/env.sh
+[ -n "${SLURM_JOB_ID:-}" ] || exec sbatch "${MEDBLIP_CLUSTER[@]}" "$0" "$@"
+
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 export MASTER_ADDR MASTER_PORT
 
-srun --kill-on-bad-exit=1 medblip evaluate "$@"
+srun --kill-on-bad-exit=1 "${medblip_in[@]}" medblip evaluate "$@"

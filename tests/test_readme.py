@@ -19,7 +19,8 @@ COMMANDS = [
 # Options of the launchers and of git, pip and sbatch, which the pages show beside ours.
 OTHERS = {
     "array", "num_gpus", "nproc-per-node", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signals-to-handle",
-    "rounds", "volumes", "run-path", "module", "no-build-isolation", "kill-on-bad-exit", "wait", "help", "version",
+    "rounds", "volumes", "run-path", "module", "no-build-isolation", "kill-on-bad-exit", "wait", "signal", "help",
+    "version",
 }  # fmt: skip
 
 
