@@ -77,6 +77,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     from medblip.shards import Reader, ShardIndex
     from medblip.stopping import SAVED_RUN_ME_AGAIN
     from medblip.tally import Tally
+    from medblip.validation import Validation
     from medblip.watch import SLOW_S
     from medblip.words import build_words
 
@@ -124,7 +125,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
         "steps": schedule.steps,
         "global_batch": schedule.global_batch,
     }
-    folder, step = control.from_main(checkpoint.newest_whole(run, made_of) if rank.is_main else None), 0
+    folder, step, state = control.from_main(checkpoint.newest_whole(run, made_of) if rank.is_main else None), 0, {}
     if folder is not None:
         checkpoint.load_weights(folder, model)
         state = checkpoint.read_state(folder)
@@ -149,7 +150,8 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
 
     progress = None
     if rank.is_main:
-        settings = {"train": dataclasses.asdict(config), "schedule": dataclasses.asdict(schedule), **made_of}
+        settings = {"train": dataclasses.asdict(config), "schedule": dataclasses.asdict(schedule)}
+        settings |= {"scans": len(samples), **made_of}
         if folder is None:
             write_json(run / "config.json", settings)
             (run / "train_subjects.txt").write_text("".join(f"{s}\n" for s in sorted({s.subject for s in samples})))
@@ -164,6 +166,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     account = ledger.Ledger(run, step, layout)
     writer = checkpoint.Writer(run, rank, config.keep_checkpoints, config.keep_every, step or None)
     parts = Parts(engine, optimizer, gradients, control, stopping, watch, rank, index.grid_size)
+    validation = Validation(config, index, words, parts, schedule.micro_batch, state)
     tally = Tally(math.ceil(config.max_skipped * len(samples)), config.max_nonfinite)
 
     def save() -> float:
@@ -174,10 +177,14 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
             "samples": step * schedule.global_batch,
             "contrastive_batch": schedule.contrastive_batch,
             "world_size": rank.world,
+            **validation.state,
             **made_of,
         }
         return writer.save(engine, state)
 
+    missed = validation.catch_up(step)
+    if progress is not None:
+        progress.add_to_last(step, missed)
     loader = load_from(step)
     waited_s, stalled_s = 0.0, 0.0
     while step < schedule.steps:
@@ -189,11 +196,12 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
         waited_s += result.waited_s
         account.step(step, result.keys)
         tally.add(step, result, control, account)
-        if step % config.checkpoint_every == 0 or step == schedule.steps:
+        found = validation.after(step)
+        if step % config.checkpoint_every == 0 or step == schedule.steps or validation.is_best(step):
             stalled_s += save()
-        if progress is not None and (step % config.log_every == 0 or step == schedule.steps):
+        if progress is not None and (step % config.log_every == 0 or step == schedule.steps or found):
             epoch = step * schedule.global_batch / len(samples)
-            progress.step(step, result.losses, lr, epoch, waited_s, tally.counts(), stalled_s)
+            progress.step(step, result.losses, lr, epoch, waited_s, tally.counts() | found, stalled_s)
             waited_s, stalled_s = 0.0, 0.0
         status.saved = writer.saved_step
         status.write("training", step)

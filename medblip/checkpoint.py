@@ -80,6 +80,8 @@ class Writer:
             point_latest(self.run, folder.name)
             self.saved_step, self.error = state["step"], None
             log.info("saved %s", folder)
+            if (state.get("best") or {}).get("step") == state["step"]:
+                point_best(self.run, state["best"])
             prune(self.run, self.keep, self.keep_every)
         except OSError as error:
             self.error = error
@@ -124,17 +126,30 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def point_latest(run: Path, name: str) -> None:
     """Writes `latest`, whole or not at all."""
-    pointer = run / ".latest.unfinished"
-    pointer.write_text(name + "\n")
-    _fsync(pointer)
-    os.replace(pointer, run / "latest")
+    _point(run, "latest", name)
+
+
+def point_best(run: Path, best: dict[str, Any] | None) -> None:
+    """Writes `best.json`: step, metric and value of the best checkpoint, whole or not at all; None: there is none."""
+    if best is None:
+        (run / "best.json").unlink(missing_ok=True)
+    else:
+        _point(run, "best.json", json.dumps(best))
+
+
+def _point(run: Path, pointer: str, content: str) -> None:
+    unfinished = run / f".{pointer}.unfinished"
+    unfinished.write_text(content + "\n")
+    _fsync(unfinished)
+    os.replace(unfinished, run / pointer)
     _fsync(run)
 
 
 def prune(run: Path, keep: int, keep_every: int) -> None:
-    """Removes checkpoints but the newest `keep` and every `keep_every`-th; and unfinished ones."""
+    """Removes checkpoints but the newest `keep`, every `keep_every`-th and the best one; and unfinished ones."""
+    best = json.loads((run / "best.json").read_text())["step"] if (run / "best.json").is_file() else None
     for step in sorted(_steps(run))[:-keep]:
-        if not (keep_every and step % keep_every == 0):
+        if step != best and not (keep_every and step % keep_every == 0):
             # Its manifest goes first: what a kill leaves of it is then no checkpoint.
             (run / "checkpoints" / f"step-{step}" / "manifest.json").unlink(missing_ok=True)
             shutil.rmtree(run / "checkpoints" / f"step-{step}", ignore_errors=True)

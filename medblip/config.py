@@ -205,6 +205,12 @@ class TrainConfig:
     """Share of the training samples that may be unreadable; one sample always may. More end the run."""
     max_nonfinite: int = 5
     """Steps in a row whose loss or gradient is not finite, which are skipped; one more ends the run."""
+    validate_every: int = 0
+    """Steps between validations on the split val, whose best checkpoint is kept; 0: none."""
+    validate_scans: int = 200
+    """Scans of the split val that are used, always the same."""
+    best_metric: Literal["balanced_accuracy", "macro_auc", "loss_lm"] = "balanced_accuracy"
+    """What the best checkpoint is best in."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     read_threads: int = 2
@@ -220,14 +226,14 @@ class TrainConfig:
         if self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
         counts = ("steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every")
-        counts += ("max_nonfinite", "step_timeout_s")
+        counts += ("max_nonfinite", "step_timeout_s", "validate_scans")
         shares = ("record_dropout", "field_dropout", "query_dropout", "other_questions", "warmup_fraction", "dropout")
         shares += ("max_skipped",)
         for names, fits, rule in (
             (counts, lambda value: value >= 1, "must be at least 1"),
             (shares, lambda value: 0 <= value < 1, "must be in [0, 1)"),
             (
-                ("learning_rate", "lora_learning_rate", "weight_decay", "dry_run", "keep_every"),
+                ("learning_rate", "lora_learning_rate", "weight_decay", "dry_run", "keep_every", "validate_every"),
                 lambda value: value >= 0,
                 "must not be negative",
             ),

@@ -27,6 +27,7 @@ NOT_OF_THE_MODEL = {
     "data", "run", "deepspeed_config", "wandb", "dry_run", "local_rank", "lm", "vision", "qformer", "steps",
     "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every", "read_threads",
     "step_timeout_s", "max_skipped", "max_nonfinite", "validate_every", "validate_scans",
+    "best_metric",
 }  # fmt: skip
 """Options of train.py that a report leaves out: paths, and what changes nothing about the model."""
 
@@ -38,12 +39,12 @@ class Asker:
         model: where it runs, in its precision.
         words: the tokenisers.
         grid_size: voxels along each edge of a volume.
+        device: where the model runs.
     """
 
-    def __init__(self, model: MedBLIP, words: Words, grid_size: int):
-        self.model, self.words, self.grid_size = model, words, grid_size
-        weight = next(model.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+    def __init__(self, model: MedBLIP, words: Words, grid_size: int, device: torch.device):
+        self.model, self.words, self.grid_size, self.device = model, words, grid_size, device
+        self.dtype = next(model.parameters()).dtype
         self.options = functools.cache(self._options)
 
     def volumes(self, flat: Tensor, samples: list[Sample]) -> Tensor:
@@ -162,7 +163,7 @@ class Assistant(Asker):
         checkpoint.check_made_of(folder, {"frozen": model.frozen_fingerprints()})
         checkpoint.load_weights(folder, model)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        super().__init__(model.to(device, dtype).eval(), build_words(config), self.recipe.size)
+        super().__init__(model.to(device, dtype).eval(), build_words(config), self.recipe.size, device)
 
     def volume(self, prepared: Prepared) -> Tensor:
         """A prepared scan as the model's input, `1 X Y Z`."""

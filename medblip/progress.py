@@ -17,7 +17,7 @@ from typing import Any
 
 from medblip.config import TrainConfig
 from medblip.distributed import Rank, log
-from medblip.lines import Appender, cut_back
+from medblip.lines import Appender, cut_back, read_records
 from medblip.stopping import how_to_stop
 
 # Options that may change when a run goes on: none of them changes what is learned. Steps and global batch are
@@ -25,6 +25,7 @@ from medblip.stopping import how_to_stop
 FREE_ON_RESUME = {
     "data", "run", "deepspeed_config", "steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
     "keep_every", "step_timeout_s", "max_skipped", "max_nonfinite",
+    "validate_every", "validate_scans", "best_metric",
     "log_every", "read_threads", "wandb", "dry_run", "local_rank",
 }  # fmt: skip
 
@@ -175,6 +176,17 @@ class Progress:
             # A log file needs a line now and then, not one a step.
             self._shown_at = now
             log.info("step %d/%d | %s | %s left", step, self.steps, line, _duration(left_s))
+
+    def add_to_last(self, step: int, more: dict[str, float | None]) -> None:
+        """Adds numbers to the line of the step that the run goes on from."""
+        if more:
+            self._file.close()
+            record = next(
+                (record for record in read_records(self._path)[-1:] if record["step"] == step), {"step": step}
+            )
+            cut_back(self._path, step - 1)
+            self._file = Appender(self._path)
+            self._file.append((json.dumps(record | more) + "\n").encode())
 
     def close(self) -> None:
         """Flushes everything."""

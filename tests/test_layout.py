@@ -27,6 +27,7 @@ LAYERS = [
     ["inference", "failure"],
     ["metrics", "pictures", "report", "explain", "asking"],
     ["analysis"],
+    ["validation"],
     ["ask", "evaluate", "compare", "serve", "export", "plan", "fetch"],
     ["demo", "doctor"],
     ["cli", "__init__", "__main__"],
