@@ -33,10 +33,9 @@ DEFAULT_ARMS: tuple[ArmName, ...] = ("image", "text", "both", "shuffled_image", 
 BLANK = -1
 """In an `Ask`, the image of a volume without a brain."""
 
-SHUFFLED_PAIRS = 200
-"""A shuffled arm of a small cohort asks about this many pairs of a scan and another subject, in as many rounds as it
-takes: one round's score is a matter of luck. Of a larger cohort it asks two rounds, no more than the arm itself and
-`blank_image`, which is one question for all scans, would cost."""
+SHUFFLED_PAIRS = {"shuffled_image": 1000, "both_shuffled": 200}
+"""Pairs of a scan and another subject that an arm asks about, in as many rounds as it takes and at least one: one
+round's score is a matter of luck. Without the record these are the questions of the arm `image`, and cost nothing."""
 
 
 class Ask(NamedTuple):
@@ -69,20 +68,17 @@ def ask_diagnosis(
         records: of those scans, as text.
         seed: decides who gets whose scan.
     """
-    rounds = shuffle_over_subjects(subjects, max(2, -(-SHUFFLED_PAIRS // len(rows))), seed)
-    shuffled = [[rows[other] for other in round_] for round_ in rounds]
-    images_of = {
-        "own scan": [rows],
-        "another subject's scan": shuffled,
-        "no scan": [[None] * len(rows)],
-        "blank scan": [[BLANK] * len(rows)],
-    }
+    images_of = {"own scan": [rows], "no scan": [[None] * len(rows)], "blank scan": [[BLANK] * len(rows)]}
     asked, notes = [], []
     for name in arms:
         arm = ARMS[name]
-        if not images_of[arm.image]:
+        rounds = images_of.get(arm.image)
+        if rounds is None:
+            others = shuffle_over_subjects(subjects, -(-SHUFFLED_PAIRS[name] // len(rows)), seed)
+            rounds = [[rows[other] for other in round_] for round_ in others]
+        if not rounds:
             notes.append(f"there is no other subject, so the arm {name} was left out")
-        for images in images_of[arm.image]:
+        for images in rounds:
             for row, image, record in zip(rows, images, records, strict=True):
                 prompt = render_prompt(record if arm.record else "", DIAGNOSIS_QUESTION)
                 asked.append(Asked(name, row, Ask(prompt, image)))

@@ -20,6 +20,9 @@ from medblip.shards import Reader, Sample
 from medblip.share import Crew
 from medblip.text import render_record
 
+ASKS_PER_SCAN = 4
+"""Asks at a time for each scan at a time: a prompt is short beside a volume's patches."""
+
 READ_AHEAD = 400
 """Samples whose shards are opened, and where need be fetched, ahead of the one that is read."""
 
@@ -50,6 +53,7 @@ class Interview:
     """Of the scans, on the CPU."""
     tier: EhrTier
     batch: int
+    """Asks at a time."""
     crew: Crew
 
     def records(self, rows: list[int]) -> list[str]:
@@ -98,20 +102,21 @@ class Interview:
 def encode(asker: Asker, reader: Reader, samples: list[Sample], tier: EhrTier, batch: int, crew: Crew) -> Interview:
     """Reads every sample and encodes it once."""
 
-    def read(start: int) -> tuple[list[Sample], Tensor, list[Scan]]:
+    def read(start: int) -> tuple[list[Scan], Tensor]:
         some = samples[start : start + batch]
         flat = torch.empty(sum(sample.num_voxels for sample in some), dtype=torch.uint8)
         reader.expect(sample.shard for sample in samples[start : start + batch + READ_AHEAD])
         reader.volumes(some, flat.numpy())
-        return some, flat, [_scan(reader, sample) for sample in some]
+        return [_scan(reader, sample) for sample in some], asker.volumes(flat, some)
 
-    def do(ready: tuple[list[Sample], Tensor, list[Scan]]) -> tuple[list[Scan], Tensor]:
-        some, flat, scans = ready
-        return scans, asker.encode(asker.volumes(flat, some)).cpu()
+    def do(ready: tuple[list[Scan], Tensor]) -> tuple[list[Scan], Tensor]:
+        scans, volume_BXYZ = ready
+        return scans, asker.encode(volume_BXYZ).cpu()
 
     found = crew.share(list(range(0, len(samples), batch)), do, read, "encoding")
     scans = [scan for some, _ in found for scan in some]
-    return Interview(asker, scans, torch.cat([queries_BQC for _, queries_BQC in found]), tier, batch, crew)
+    queries_NQC = torch.cat([queries_BQC for _, queries_BQC in found])
+    return Interview(asker, scans, queries_NQC, tier, ASKS_PER_SCAN * batch, crew)
 
 
 def _scan(reader: Reader, sample: Sample) -> Scan:

@@ -293,7 +293,7 @@ def unpack(
             corner = tuple(c + draw.randint(-max_shift, max_shift) for c in corner)
             gain = draw.uniform(0.9, 1.1)
         # In float32, since 1/255 has no exact bf16.
-        scaled_XYZ = volume_XYZ.float() * (gain / 255 / INTENSITY_STD) - INTENSITY_MEAN / INTENSITY_STD
+        scaled_XYZ = volume_XYZ.float().mul_(gain / 255 / INTENSITY_STD).sub_(INTENSITY_MEAN / INTENSITY_STD)
         source = tuple(slice(max(0, -c), min(n, grid_size - c)) for c, n in zip(corner, sample.shape, strict=True))
         target = tuple(slice(max(0, c), max(0, c) + s.stop - s.start) for c, s in zip(corner, source, strict=True))
         volume_BXYZ[row][target] = scaled_XYZ[source].to(dtype)
