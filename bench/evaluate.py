@@ -9,8 +9,8 @@
   bootstrap draws, subgroups and one scan per subject.
 
 Both in one process on the same made-up scans, in alternation; the median of the rounds counts. On a CPU the times are
-those of the processor, so that reading counts in full although a thread does it ahead, and other jobs do not. The weights are those
-of an untrained model: what it says costs the same.
+those of the processor, so that reading counts in full although a thread does it ahead, and other jobs do not. The
+weights are those of an untrained model: what it says costs the same.
 
     python bench/evaluate.py [--scans 200] [--rounds 5] [--preset tiny] [--json evaluate.json]
 """
