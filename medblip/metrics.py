@@ -1,92 +1,305 @@
 """How well probabilities tell diagnoses apart, with intervals that respect that scans of one subject are alike.
 
-N scans, K classes, S subjects, D bootstrap draws, P scans of a class, Q scans of the others.
+scikit-learn gives the scores themselves. Their intervals come of weighted versions that do all draws at once.
+
+N scans, K classes, S subjects, D bootstrap draws, U different scores.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, recall_score, roc_auc_score
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score, roc_curve
+
+from medblip.bootstrap import draw_weights, interval, two_sided_p
+
+NUM_BINS = 10
+"""Of equal width between 0 and 1, for ECE and the reliability curve."""
+
+NUM_REDRAWS = 200
+"""Of labels from the probabilities, for `ece_if_calibrated`."""
+
+MAX_ROC_POINTS = 200
+SUM_TOLERANCE = 1e-3
+"""By which a row of probabilities may miss 1: half precision does."""
+
+SCORED = ("balanced_accuracy", "macro_auc", "macro_f1", "brier")
+COMPARED = ("balanced_accuracy", "macro_auc")
 
 
 def score(
-    truth: list[str],
-    probabilities_NK: NDArray,
-    classes: list[str],
-    subjects: list[str],
+    truth: Sequence[str],
+    probabilities_NK: ArrayLike,
+    classes: Sequence[str],
+    subjects: Sequence[str],
     num_draws: int,
     seed: int,
 ) -> dict[str, Any]:
     """All numbers of one arm in one cohort, ready for JSON.
 
     Args:
-        truth: diagnosis of each scan; every class occurs.
+        truth: diagnosis of each scan.
         probabilities_NK: one row per scan, summing to 1.
-        classes: at least two, in the order of the columns.
+        classes: in the order of the columns.
         subjects: whose scan it is.
         num_draws: bootstrap draws for the intervals.
         seed: of the draws.
 
     Returns:
-        `balanced_accuracy`, `macro_auc` (one class against the rest, mean over classes; the plain AUC for two),
-        `macro_f1`, `recall` by class, `confusion` (row: truth, column: most probable class), and `ci95`: the
-        interval of the first two, with the number of draws that it rests on.
+        `n_subjects`, `n_scans` (rows), `classes`; `balanced_accuracy`; `macro_auc` (one class against the rest, mean
+        over classes; the plain AUC for two); `macro_f1`; `recall` and `specificity` by class; `confusion` (row: truth,
+        column: most probable class, the first of equals); `ece`, `brier`, `reliability` as in `calibration`;
+        `ece_if_calibrated`: the mean ECE that so few scans give where the probabilities are true; `roc` by class; and
+        `ci95`: intervals of SCORED with the number of draws that they rest on. ECE has none: redrawing scans biases
+        it upwards. A class that does not occur has recall and roc None and is left out of the means. With a single
+        class all scores are None; an interval is None where a class has fewer than two subjects.
+
+    Raises:
+        ValueError: naming the row of a probability that is none, of a sum other than 1, or of an unknown diagnosis.
     """
-    truth_N = np.array([classes.index(diagnosis) for diagnosis in truth])
-    probabilities_NK = np.asarray(probabilities_NK, dtype=np.float64)
-    predicted_N = probabilities_NK.argmax(axis=1)
-    labels = list(range(len(classes)))
-    recall_K = recall_score(truth_N, predicted_N, labels=labels, average=None)
-    if len(classes) == 2:
-        auc = roc_auc_score(truth_N, probabilities_NK[:, 1])
-    else:
-        auc = roc_auc_score(truth_N, probabilities_NK, multi_class="ovr", average="macro", labels=labels)
-    accuracy_D, auc_D = bootstrap(truth_N, probabilities_NK, subjects, num_draws, seed)
-    return {
-        "balanced_accuracy": float(balanced_accuracy_score(truth_N, predicted_N)),
-        "macro_auc": float(auc),
-        "macro_f1": float(f1_score(truth_N, predicted_N, labels=labels, average="macro", zero_division=0)),
-        "recall": dict(zip(classes, recall_K.tolist(), strict=True)),
-        "confusion": confusion_matrix(truth_N, predicted_N, labels=labels).tolist(),
-        "ci95": {
-            "balanced_accuracy": np.percentile(accuracy_D, [2.5, 97.5]).tolist(),
-            "macro_auc": np.percentile(auc_D, [2.5, 97.5]).tolist(),
-            "draws": len(accuracy_D),
-        },
+    truth_N, p_NK = _checked(truth, probabilities_NK, classes, subjects)
+    found: dict[str, Any] = {"n_subjects": len(set(subjects)), "n_scans": len(truth_N), "classes": list(classes)}
+    occurring = np.unique(truth_N)
+    if len(occurring) < 2:
+        names = ("balanced_accuracy", "macro_auc", "macro_f1", "recall", "specificity", "confusion", "ece")
+        return found | dict.fromkeys((*names, "ece_if_calibrated", "brier", "reliability", "roc", "ci95"))
+
+    predicted_N, labels = p_NK.argmax(axis=1), range(len(classes))
+    confusion_KK = confusion_matrix(truth_N, predicted_N, labels=list(labels))
+    right_K, true_K, told_K = confusion_KK.diagonal(), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
+    true_negative_K = len(truth_N) - true_K - told_K + right_K
+    columns = _columns(occurring, len(classes))
+    draws = _redrawn(truth_N, p_NK, subjects, num_draws, seed)
+    return found | {
+        "balanced_accuracy": float(np.mean(right_K[occurring] / true_K[occurring])),
+        "macro_auc": float(np.mean([roc_auc_score(truth_N == column, p_NK[:, column]) for column in columns])),
+        "macro_f1": float(f1_score(truth_N, predicted_N, labels=occurring, average="macro", zero_division=0)),
+        "recall": {c: float(right_K[k] / true_K[k]) if true_K[k] else None for k, c in enumerate(classes)},
+        "specificity": {c: float(true_negative_K[k] / (len(truth_N) - true_K[k])) for k, c in enumerate(classes)},
+        "confusion": confusion_KK.tolist(),
+        **_calibration(truth_N, p_NK),
+        "ece_if_calibrated": _ece_if_calibrated(p_NK, seed),
+        "roc": {c: _roc(truth_N == k, p_NK[:, k]) if true_K[k] else None for k, c in enumerate(classes)},
+        "ci95": {name: interval(draws[name]) if draws else None for name in SCORED}
+        | {"draws": int((~np.isnan(draws["macro_auc"])).sum()) if draws else 0},
     }
 
 
-def bootstrap(
-    truth_N: NDArray, probabilities_NK: NDArray, subjects: list[str], num_draws: int, seed: int
-) -> tuple[NDArray, NDArray]:
-    """Balanced accuracy and macro AUC of cohorts redrawn from this one, subject by subject with replacement.
+def compare(
+    truth: Sequence[str],
+    a_NK: ArrayLike,
+    b_NK: ArrayLike,
+    classes: Sequence[str],
+    subjects: Sequence[str],
+    num_draws: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Whether probabilities `a` are better than `b` of the same scans: `difference` (a - b), `ci95`, `p_value`.
 
-    A subject comes with all its scans. A draw that holds no scan of some class has no balanced accuracy and is
-    left out, so fewer values than `num_draws` may come back.
+    By metric of COMPARED. Both are scored on the same draws of subjects, so what they share cancels out. The p-value
+    is two-sided, from the same draws. All None where there is a single class; interval and p-value are None where a
+    class has fewer than two subjects.
+
+    Raises:
+        ValueError: as `score`.
     """
-    names, subject_N = np.unique(subjects, return_inverse=True)
-    # How often each subject is drawn says everything about a draw; a scan then counts that often.
-    times_DS = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=num_draws)
-    weight_DN = times_DS[:, subject_N].astype(np.float64)
-    is_class_KN = truth_N == np.arange(probabilities_NK.shape[1])[:, None]
-    weight_DN = weight_DN[((weight_DN @ is_class_KN.T) > 0).all(axis=1)]
+    truth_N, a_NK = _checked(truth, a_NK, classes, subjects)
+    truth_N, b_NK = _checked(truth, b_NK, classes, subjects)
+    if len(np.unique(truth_N)) < 2:
+        return {name: dict.fromkeys(("difference", "ci95", "p_value")) for name in COMPARED}
+    once_1N = np.ones((1, len(truth_N)))
+    a, b = _weighted(truth_N, a_NK, once_1N), _weighted(truth_N, b_NK, once_1N)
+    draws_a = _redrawn(truth_N, a_NK, subjects, num_draws, seed)
+    draws_b = _redrawn(truth_N, b_NK, subjects, num_draws, seed)
+    return {
+        name: {
+            "difference": float(a[name][0] - b[name][0]),
+            "ci95": interval(draws_a[name] - draws_b[name]) if draws_a else None,
+            "p_value": two_sided_p(draws_a[name] - draws_b[name]) if draws_a else None,
+        }
+        for name in COMPARED
+    }
 
-    is_right_N = probabilities_NK.argmax(axis=1) == truth_N
-    recall_DK = (weight_DN @ (is_class_KN & is_right_N).T) / (weight_DN @ is_class_KN.T)
-    auc_DK = [
-        _weighted_auc(weight_DN, scores_N, is_class_N)
-        for scores_N, is_class_N in zip(probabilities_NK.T, is_class_KN, strict=True)
-    ]
-    return recall_DK.mean(axis=1), np.mean(auc_DK, axis=0)
+
+def age_matched(
+    truth: Sequence[str],
+    probabilities_NK: ArrayLike,
+    classes: Sequence[str],
+    ages: Sequence[float | None],
+    subjects: Sequence[str],
+    num_draws: int,
+    seed: int,
+    caliper_years: float = 2.0,
+) -> dict[str, Any] | None:
+    """The AUC between pairs of subjects of two classes and about one age, so that age itself tells nothing.
+
+    The first and the last of `classes` (AD and CN of three). Each subject is used once, with its first scan of these
+    classes and a known age; as many pairs are made as differ by at most `caliper_years`, and of those with the least
+    difference in all. Pairs are redrawn for the interval.
+
+    Args:
+        truth, probabilities_NK, classes, subjects, num_draws, seed: as in `score`.
+        ages: years at each scan; None or NaN where unknown.
+        caliper_years: largest difference within a pair.
+
+    Returns:
+        `pairs`, `caliper_years`, `macro_auc` and `ci95` with the interval of it, None for a single pair; or None
+        where there is no pair.
+    """
+    truth_N, p_NK = _checked(truth, probabilities_NK, classes, subjects)
+    age_N = np.array([math.nan if age is None else age for age in ages], dtype=np.float64)
+    if len(age_N) != len(truth_N):
+        raise ValueError(f"{len(age_N)} ages for {len(truth_N)} scans")
+    last = len(classes) - 1
+    if last < 1:
+        return None
+    usable = np.flatnonzero(np.isfinite(age_N) & ((truth_N == 0) | (truth_N == last)))
+    _, first = np.unique(np.asarray(subjects)[usable], return_index=True)
+    rows = usable[np.sort(first)]
+    low, high = rows[truth_N[rows] == 0], rows[truth_N[rows] == last]
+    apart_years = np.abs(age_N[low][:, None] - age_N[high][None])
+    # A pair beyond the caliper costs more than all pairs within it, so that as few as can be are made; then dropped.
+    too_far = apart_years > caliper_years
+    left, right = linear_sum_assignment(np.where(too_far, (1 + caliper_years) * (1 + len(rows)), apart_years))
+    kept = ~too_far[left, right]
+    low, high = low[left[kept]], high[right[kept]]
+    if not len(low):
+        return None
+    pairs = np.r_[low, high]
+    total = p_NK[pairs, 0] + p_NK[pairs, last]
+    score_N = np.divide(p_NK[pairs, last], total, out=np.full(len(pairs), 0.5), where=total > 0)
+    is_last_N = truth_N[pairs] == last
+    times_DP = np.random.default_rng(seed).multinomial(len(low), np.full(len(low), 1 / len(low)), size=num_draws)
+    auc_D = _weighted_auc(np.tile(times_DP, 2).astype(np.float64), score_N, is_last_N)
+    return {
+        "pairs": len(low),
+        "caliper_years": caliper_years,
+        "macro_auc": float(roc_auc_score(is_last_N, score_N)),
+        "ci95": {"macro_auc": interval(auc_D) if len(low) > 1 else None},
+    }
 
 
-def _weighted_auc(weight_DN: NDArray, scores_N: NDArray, is_class_N: NDArray) -> NDArray:
+def calibration(truth: Sequence[str], probabilities_NK: ArrayLike, classes: Sequence[str]) -> dict[str, Any]:
+    """Whether probabilities mean what they say.
+
+    Returns:
+        `ece`: mean distance of the most probable class's probability from the fraction of scans in which it was
+        right, over NUM_BINS bins weighted by their scans; `brier`: mean squared distance of a row from the truth, 0
+        to 2 (Brier 1950); `reliability`: of each bin that is not empty its `mean_probability`, `fraction_right`, `n`.
+    """
+    return _calibration(*_checked(truth, probabilities_NK, classes, ["" for _ in truth]))
+
+
+def _checked(truth: Sequence[str], p_NK: ArrayLike, classes: Sequence[str], subjects: Sequence[str]) -> tuple:
+    """Truth as columns, and the probabilities as float64; not scaled, which would undo ties."""
+    p_NK = np.asarray(p_NK, dtype=np.float64)
+    if not len(truth):
+        raise ValueError("there is no scan to score")
+    if p_NK.shape != (len(truth), len(classes)) or len(subjects) != len(truth):
+        raise ValueError(
+            f"{len(truth)} diagnoses, {len(subjects)} subjects and {len(classes)} classes do not fit "
+            f"probabilities of shape {p_NK.shape}"
+        )
+    for row in np.flatnonzero(~np.isfinite(p_NK).all(axis=1) | (p_NK < 0).any(axis=1)):
+        raise ValueError(f"row {row}: {p_NK[row].tolist()} are no probabilities; was the model's output finite?")
+    total_N = p_NK.sum(axis=1)
+    for row in np.flatnonzero(abs(total_N - 1) > SUM_TOLERANCE):
+        raise ValueError(f"row {row}: {p_NK[row].tolist()} sum to {total_N[row]:g} instead of 1; scale the row")
+    column_of = {name: column for column, name in enumerate(classes)}
+    for row, diagnosis in enumerate(truth):
+        if diagnosis not in column_of:
+            raise ValueError(f"row {row}: the diagnosis {diagnosis!r} is none of {', '.join(classes)}")
+    return np.array([column_of[diagnosis] for diagnosis in truth]), p_NK
+
+
+def _columns(occurring: NDArray, num_classes: int) -> list[int]:
+    """Whose AUCs are averaged: of two columns the second is enough, the other is its mirror image."""
+    return [1] if num_classes == 2 else occurring.tolist()
+
+
+def _redrawn(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str], num_draws: int, seed: int) -> dict | None:
+    """SCORED of each draw, `D`; None where a class has fewer than two subjects, so that nothing varies."""
+    names = np.asarray(subjects)
+    if any(len(np.unique(names[truth_N == k])) < 2 for k in np.unique(truth_N)):
+        return None
+    return _weighted(truth_N, p_NK, draw_weights(truth_N, subjects, num_draws, seed))
+
+
+def _weighted(truth_N: NDArray, p_NK: NDArray, weight_DN: NDArray) -> dict[str, NDArray]:
+    """SCORED for each row of weights; NaN where a class that occurs in the cohort is lost."""
+    num_classes, occurring = p_NK.shape[1], np.unique(truth_N)
+    is_true_NK = (truth_N[:, None] == np.arange(num_classes)).astype(np.float64)
+    is_told_NK = (p_NK.argmax(axis=1)[:, None] == np.arange(num_classes)).astype(np.float64)
+    true_DK, told_DK = weight_DN @ is_true_NK, weight_DN @ is_told_NK
+    right_DK = weight_DN @ (is_true_NK * is_told_NK)
+    with np.errstate(invalid="ignore"):
+        recall_DK, f1_DK = right_DK / true_DK, 2 * right_DK / (true_DK + told_DK)
+    auc_DK = [_weighted_auc(weight_DN, p_NK[:, k], truth_N == k) for k in _columns(occurring, num_classes)]
+    is_lost_D = (true_DK[:, occurring] == 0).any(axis=1)
+    brier_D = weight_DN @ ((p_NK - is_true_NK) ** 2).sum(axis=1) / weight_DN.sum(axis=1)
+    scores = {
+        "balanced_accuracy": recall_DK[:, occurring].mean(axis=1),
+        "macro_auc": np.mean(auc_DK, axis=0),
+        "macro_f1": f1_DK[:, occurring].mean(axis=1),
+        "brier": brier_D,
+    }
+    return {name: np.where(is_lost_D, np.nan, values_D) for name, values_D in scores.items()}
+
+
+def _weighted_auc(weight_DN: NDArray, score_N: NDArray, is_class_N: NDArray) -> NDArray:
     """Share of (class, other) pairs in which the class's scan scores higher, ties half, for each draw's weights."""
-    inside_P, outside_Q = scores_N[is_class_N][:, None], scores_N[~is_class_N][None]
-    wins_PQ = (inside_P > outside_Q) + 0.5 * (inside_P == outside_Q)
-    inside_DP, outside_DQ = weight_DN[:, is_class_N], weight_DN[:, ~is_class_N]
-    won_D = ((inside_DP @ wins_PQ) * outside_DQ).sum(axis=1)
-    return won_D / (inside_DP.sum(axis=1) * outside_DQ.sum(axis=1))
+    order_N = np.argsort(score_N, kind="stable")
+    starts_U = np.flatnonzero(np.diff(score_N[order_N], prepend=-np.inf))  # of each run of equal scores
+    inside_DU = np.add.reduceat((weight_DN * is_class_N)[:, order_N], starts_U, axis=1)
+    outside_DU = np.add.reduceat((weight_DN * ~is_class_N)[:, order_N], starts_U, axis=1)
+    below_DU = outside_DU.cumsum(axis=1) - 0.5 * outside_DU
+    with np.errstate(invalid="ignore"):
+        return (inside_DU * below_DU).sum(axis=1) / (inside_DU.sum(axis=1) * outside_DU.sum(axis=1))
+
+
+def _calibration(truth_N: NDArray, p_NK: NDArray) -> dict[str, Any]:
+    top_N, is_right_N = p_NK.max(axis=1), p_NK.argmax(axis=1) == truth_N
+    bin_N = _bins(top_N)
+    reliability = [
+        {
+            "mean_probability": float(top_N[bin_N == place].mean()),
+            "fraction_right": float(is_right_N[bin_N == place].mean()),
+            "n": int((bin_N == place).sum()),
+        }
+        for place in np.unique(bin_N)
+    ]
+    is_true_NK = truth_N[:, None] == np.arange(p_NK.shape[1])
+    return {
+        "ece": float(_ece(top_N, is_right_N[None], bin_N)[0]),
+        "brier": float(((p_NK - is_true_NK) ** 2).sum(axis=1).mean()),
+        "reliability": reliability,
+    }
+
+
+def _bins(top_N: NDArray) -> NDArray:
+    """The bin of each probability; an edge belongs to the bin below it."""
+    return np.searchsorted(np.linspace(0, 1, NUM_BINS + 1)[1:-1], top_N)
+
+
+def _ece(top_N: NDArray, is_right_DN: NDArray, bin_N: NDArray) -> NDArray:
+    gap_DN = is_right_DN - top_N
+    in_bin_NB = bin_N[:, None] == np.arange(NUM_BINS)
+    return np.abs(gap_DN @ in_bin_NB).sum(axis=1) / len(top_N)
+
+
+def _ece_if_calibrated(p_NK: NDArray, seed: int) -> float:
+    """A label drawn from its row is the most probable class with just that probability."""
+    top_N = p_NK.max(axis=1)
+    is_right_DN = np.random.default_rng(seed).random((NUM_REDRAWS, len(top_N))) < top_N
+    return float(_ece(top_N, is_right_DN, _bins(top_N)).mean())
+
+
+def _roc(is_class_N: NDArray, score_N: NDArray) -> dict[str, list[float]]:
+    fpr, tpr, _ = roc_curve(is_class_N, score_N)
+    kept = np.unique(np.linspace(0, len(fpr) - 1, MAX_ROC_POINTS).round().astype(int))
+    return {"fpr": fpr[kept].tolist(), "tpr": tpr[kept].tolist()}

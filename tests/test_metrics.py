@@ -1,10 +1,15 @@
-"""Scores against values worked out by hand, and intervals that move whole subjects."""
+"""Scores against values worked out by hand, by plain loops or by scikit-learn, and the odd cohorts."""
+
+import json
+import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
-from medblip.metrics import bootstrap, score
+from medblip.bootstrap import draw_weights
+from medblip.metrics import SCORED, _weighted, age_matched, calibration, compare, score
 
 CLASSES = ["CN", "MCI", "AD"]
 TRUTH = ["CN", "CN", "MCI", "MCI", "AD", "AD"]
@@ -21,15 +26,40 @@ P = np.array(
 SUBJECTS = list("abcdef")
 
 
+def made_up(num_scans=90, num_classes=3, seed=0, signal=1.0):
+    """Truth, probabilities with ties, and subjects of one to three scans."""
+    draw = np.random.default_rng(seed)
+    subject_N = np.sort(draw.integers(0, num_scans // 2, size=num_scans))
+    truth_N = (subject_N % num_classes).astype(int)
+    logit_NK = draw.normal(size=(num_scans, num_classes)).round(1)
+    logit_NK[np.arange(num_scans), truth_N] += signal
+    p_NK = np.exp(logit_NK) / np.exp(logit_NK).sum(axis=1, keepdims=True)
+    if num_classes == 2:  # the same ties in both columns
+        p_NK = np.c_[1 - p_NK[:, 1].round(2), p_NK[:, 1].round(2)]
+    classes = CLASSES if num_classes == 3 else ["CN", "AD"]
+    return [classes[k] for k in truth_N], p_NK, classes, [f"s{s}" for s in subject_N]
+
+
+def pairs_won(inside, outside):
+    return np.mean([1.0 if a > b else 0.5 if a == b else 0.0 for a in inside for b in outside])
+
+
 def test_three_classes_give_the_values_worked_out_by_hand():
     found = score(TRUTH, P, CLASSES, SUBJECTS, 1000, seed=0)
     assert found["confusion"] == [[1, 1, 0], [0, 2, 0], [1, 0, 1]]
     assert found["recall"] == {"CN": 0.5, "MCI": 1.0, "AD": 0.5}
+    assert found["specificity"] == {"CN": 3 / 4, "MCI": 3 / 4, "AD": 1.0}
     assert found["balanced_accuracy"] == pytest.approx(2 / 3)
     # CN: 0.6 beats all four, 0.2 beats two. MCI: 0.4 beats three, 0.7 all. AD: both beat all four.
     assert found["macro_auc"] == pytest.approx((6 / 8 + 7 / 8 + 8 / 8) / 3)
     # F1: CN 2*1/(2+2), MCI 2*2/(2+3), AD 2*1/(2+1)
     assert found["macro_f1"] == pytest.approx((0.5 + 0.8 + 2 / 3) / 3)
+    # Squared distances of the rows from the truth: .26 .98 .54 .14 .14 .62
+    assert found["brier"] == pytest.approx(2.68 / 6)
+    # Bins by the top probability: (0.3, 0.4] right 1 of 1; (0.4, 0.5] 0 of 2; (0.5, 0.6] 1 of 1; (0.6, 0.7] 2 of 2
+    assert found["ece"] == pytest.approx((0.6 + 2 * 0.5 + 0.4 + 2 * 0.3) / 6)
+    assert [place["n"] for place in found["reliability"]] == [1, 2, 1, 2]
+    assert (found["n_subjects"], found["n_scans"], found["classes"]) == (6, 6, CLASSES)
 
 
 def test_two_classes_have_the_plain_auc():
@@ -41,45 +71,254 @@ def test_two_classes_have_the_plain_auc():
     assert found["confusion"] == [[1, 1], [1, 1]]
 
 
-def test_19_of_20_intervals_hold_the_true_auc_of_guesses():
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_score_is_what_plain_loops_give(num_classes, seed):
+    truth, p_NK, classes, subjects = made_up(num_classes=num_classes, seed=seed)
+    found = score(truth, p_NK, classes, subjects, 100, seed=0)
+    told = [classes[max(range(len(classes)), key=lambda k: row[k])] for row in p_NK]
+    recalls, f1s, aucs = [], [], []
+    for k, name in enumerate(classes):
+        hit = sum(t == name == a for t, a in zip(truth, told, strict=True))
+        missed = sum(t == name != a for t, a in zip(truth, told, strict=True))
+        false = sum(t != name == a for t, a in zip(truth, told, strict=True))
+        rest = len(truth) - hit - missed - false
+        assert found["recall"][name] == pytest.approx(hit / (hit + missed))
+        assert found["specificity"][name] == pytest.approx(rest / (rest + false))
+        recalls.append(hit / (hit + missed))
+        f1s.append(hit / (hit + (missed + false) / 2))
+        inside = [row[k] for row, t in zip(p_NK, truth, strict=True) if t == name]
+        aucs.append(pairs_won(inside, [row[k] for row, t in zip(p_NK, truth, strict=True) if t != name]))
+        curve = found["roc"][name]
+        assert np.trapezoid(curve["tpr"], curve["fpr"]) == pytest.approx(aucs[-1])
+    assert found["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+    assert found["macro_f1"] == pytest.approx(np.mean(f1s))
+    assert found["macro_auc"] == pytest.approx(np.mean(aucs))
+    assert found["brier"] == pytest.approx(
+        np.mean(
+            [
+                sum((p - (name == t)) ** 2 for p, name in zip(row, classes, strict=True))
+                for row, t in zip(p_NK, truth, strict=True)
+            ]
+        )
+    )
+    ece = 0.0
+    for edge in range(10):
+        inside = [(max(r), t == a) for r, t, a in zip(p_NK, truth, told, strict=True) if edge < 10 * max(r) <= edge + 1]
+        ece += abs(sum(p for p, _ in inside) - sum(right for _, right in inside)) / len(truth)
+    assert found["ece"] == pytest.approx(ece)
+
+
+def test_reliability_is_what_scikit_learn_gives():
+    truth, p_NK, classes, _ = made_up(seed=4)
+    found = calibration(truth, p_NK, classes)["reliability"]
+    right = np.array([classes[k] for k in p_NK.argmax(axis=1)]) == np.array(truth)
+    fraction, mean = calibration_curve(right, p_NK.max(axis=1), n_bins=10)
+    assert [place["fraction_right"] for place in found] == pytest.approx(fraction.tolist())
+    assert [place["mean_probability"] for place in found] == pytest.approx(mean.tolist())
+    assert sum(place["n"] for place in found) == len(truth)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_draws_are_what_scikit_learn_says_of_the_redrawn_scans(num_classes):
+    truth, p_NK, classes, subjects = made_up(60, num_classes, seed=1)
+    truth_N = np.array([classes.index(name) for name in truth])
+    weight_DN = draw_weights(truth_N, subjects, 20, seed=5)
+    found = _weighted(truth_N, p_NK, weight_DN)
+    for place, weight_N in enumerate(weight_DN):
+        rows = np.repeat(np.arange(60), weight_N.astype(int))
+        told_N, scores = p_NK[rows].argmax(axis=1), p_NK[rows] if num_classes == 3 else p_NK[rows, 1]
+        assert found["balanced_accuracy"][place] == pytest.approx(balanced_accuracy_score(truth_N[rows], told_N))
+        assert found["macro_f1"][place] == pytest.approx(f1_score(truth_N[rows], told_N, average="macro"))
+        assert found["macro_auc"][place] == pytest.approx(roc_auc_score(truth_N[rows], scores, multi_class="ovr"))
+        assert found["brier"][place] == pytest.approx(
+            ((p_NK[rows] - np.eye(num_classes)[truth_N[rows]]) ** 2).sum() / len(rows)
+        )
+
+
+def test_scans_that_are_copies_add_no_evidence():
+    truth, p_NK, classes, subjects = made_up(40, seed=2)
+    once = score(truth, p_NK, classes, subjects, 1000, seed=0)
+    twice = score(truth * 2, np.tile(p_NK, (2, 1)), classes, subjects * 2, 1000, seed=0)  # as the shuffled arms do
+    assert twice["n_subjects"] == once["n_subjects"] and twice["n_scans"] == 80
+    for name in SCORED:
+        assert twice[name] == pytest.approx(once[name])
+        assert twice["ci95"][name] == pytest.approx(once["ci95"][name])
+    renamed = score(truth * 2, np.tile(p_NK, (2, 1)), classes, subjects + [f"x{s}" for s in subjects], 1000, seed=0)
+    assert np.ptp(renamed["ci95"]["macro_auc"]) < 0.9 * np.ptp(once["ci95"]["macro_auc"])
+
+
+def test_true_probabilities_have_the_ece_of_calibrated_ones_and_false_ones_more():
     draw = np.random.default_rng(0)
-    held = 0
-    for _ in range(200):
-        truth_N, p_NK = np.repeat(draw.permutation(60) % 3, 2), np.repeat(draw.dirichlet([1, 1, 1], size=60), 2, axis=0)
-        subjects = [f"s{i // 2}" for i in range(120)]
-        low, high = np.percentile(bootstrap(truth_N, p_NK, subjects, 1000, seed=0)[1], [2.5, 97.5])
-        held += low <= 0.5 <= high
-    assert 180 <= held <= 198
+    p_NK = draw.dirichlet([1, 1, 1], size=400)
+    truth = [CLASSES[draw.choice(3, p=row)] for row in p_NK]
+    subjects = [str(row) for row in range(400)]
+    true = score(truth, p_NK, CLASSES, subjects, 10, seed=0)
+    assert true["ece"] == pytest.approx(true["ece_if_calibrated"], abs=0.03)
+    sharp_NK = p_NK**4 / (p_NK**4).sum(axis=1, keepdims=True)
+    false = score(truth, sharp_NK, CLASSES, subjects, 10, seed=0)
+    assert false["ece"] > 3 * false["ece_if_calibrated"]
 
 
-def test_draws_are_what_scikit_learn_says_of_the_redrawn_scans():
-    draw = np.random.default_rng(1)
-    truth_N = np.arange(30) % 3
-    p_NK = draw.dirichlet([1, 1, 1], size=30).round(1) + 1e-9  # rounded: ties must count half
-    p_NK /= p_NK.sum(axis=1, keepdims=True)
-    subjects = [f"s{i // 2:02}" for i in range(30)]
-    accuracy_D, auc_D = bootstrap(truth_N, p_NK, subjects, 20, seed=5)
-    times_DS = np.random.default_rng(5).multinomial(15, np.full(15, 1 / 15), size=20)
-    assert len(accuracy_D) == 20
-    for times_S, accuracy, auc in zip(times_DS, accuracy_D, auc_D, strict=True):
-        rows = np.repeat(np.arange(30), np.repeat(times_S, 2))
-        assert accuracy == pytest.approx(balanced_accuracy_score(truth_N[rows], p_NK[rows].argmax(1)))
-        assert auc == pytest.approx(roc_auc_score(truth_N[rows], p_NK[rows], multi_class="ovr"))
+def test_a_class_that_does_not_occur_is_left_out_of_the_means():
+    found = score(TRUTH[:4], P[:4], CLASSES, SUBJECTS[:4], 200, seed=0)
+    assert found["recall"] == {"CN": 0.5, "MCI": 1.0, "AD": None} and found["roc"]["AD"] is None
+    assert found["balanced_accuracy"] == pytest.approx(0.75)
+    assert found["macro_auc"] == pytest.approx(
+        np.mean([pairs_won([0.6, 0.2], [0.3, 0.1]), pairs_won([0.4, 0.7], [0.3, 0.5])])
+    )
+    json.dumps(found, allow_nan=False)
 
 
-def test_two_scans_of_one_subject_move_together():
-    once = bootstrap(np.arange(6) // 2, P, SUBJECTS, 1000, seed=0)
-    twice = bootstrap(np.tile(np.arange(6) // 2, 2), np.tile(P, (2, 1)), SUBJECTS * 2, 1000, seed=0)
-    np.testing.assert_allclose(once, twice)
-    apart = bootstrap(np.tile(np.arange(6) // 2, 2), np.tile(P, (2, 1)), list("abcdefghijkl"), 1000, seed=0)
-    assert apart[0].std() < 0.9 * once[0].std()  # a copy of every scan under a new name would look like evidence
+def test_one_class_alone_has_no_score():
+    found = score(["CN", "CN"], P[:2], CLASSES, ["a", "b"], 100, seed=0)
+    assert found["n_scans"] == 2 and all(found[name] is None for name in (*SCORED, "ece", "recall", "roc", "ci95"))
+    assert compare(["CN"], P[:1], P[:1], CLASSES, ["a"], 100, 0)["macro_auc"]["difference"] is None
+    assert age_matched(["CN"], [[1.0]], ["CN"], [70], ["a"], 100, 0) is None
+
+
+def test_a_class_with_one_subject_has_scores_and_no_interval():
+    found = score(TRUTH[:5], P[:5], CLASSES, list("abcde"), 100, seed=0)
+    assert found["macro_auc"] is not None
+    assert found["ci95"] == dict.fromkeys(SCORED) | {"draws": 0}
+    assert compare(TRUTH[:5], P[:5], P[:5], CLASSES, list("abcde"), 100, 0)["macro_auc"]["p_value"] is None
+
+
+def test_one_subject_that_changes_class_has_scores_and_no_interval():
+    found = score(["CN", "AD"], [[0.9, 0.1], [0.4, 0.6]], ["CN", "AD"], ["a", "a"], 100, seed=0)
+    assert found["balanced_accuracy"] == 1 and found["ci95"]["macro_auc"] is None
 
 
 def test_draws_that_lose_a_class_are_left_out_and_counted():
-    found = score(TRUTH[::2], P[::2], CLASSES, list("abc"), 5000, seed=0)
-    assert found["ci95"]["draws"] / 5000 == pytest.approx(6 / 27, abs=0.02)  # 3! of 3^3 draws keep all three subjects
+    # The AD scans are of a and b, who began as CN: a draw of three CN subjects may hold neither.
+    truth, subjects = ["CN", "AD", "CN", "AD", "CN"], ["a", "a", "b", "b", "c"]
+    p_NK = [[0.9, 0.1], [0.4, 0.6], [0.8, 0.2], [0.7, 0.3], [0.3, 0.7]]
+    found = score(truth, p_NK, ["CN", "AD"], subjects, 5000, seed=0)
+    assert found["ci95"]["draws"] / 5000 == pytest.approx(26 / 27, abs=0.01)
+    json.dumps(found, allow_nan=False)
+
+
+def test_equal_probabilities_are_chance():
+    found = score(TRUTH, np.full((6, 3), 1 / 3), CLASSES, SUBJECTS, 200, seed=0)
+    assert found["macro_auc"] == 0.5 and found["balanced_accuracy"] == pytest.approx(1 / 3)
+    assert found["ci95"]["macro_auc"] == [0.5, 0.5]
+    assert found["ece"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.2])
+def test_what_is_no_probability_is_named_by_its_row(value):
+    p_NK = P.copy()
+    p_NK[3, 1] = value
+    with pytest.raises(ValueError, match=r"row 3: .* no probabilities"):
+        score(TRUTH, p_NK, CLASSES, SUBJECTS, 100, seed=0)
+    with pytest.raises(ValueError, match="row 3"):
+        compare(TRUTH, P, p_NK, CLASSES, SUBJECTS, 100, seed=0)
+
+
+def test_other_wrong_input_is_named():
+    with pytest.raises(ValueError, match="row 2: .* sum to 0.7"):
+        calibration(TRUTH, np.vstack([P[:2], [[0.3, 0.1, 0.3]], P[3:]]), CLASSES)
+    with pytest.raises(ValueError, match="no scan"):
+        score([], np.zeros((0, 3)), CLASSES, [], 100, seed=0)
+    with pytest.raises(ValueError, match="row 1: the diagnosis 'SCD'"):
+        score(["CN", "SCD"], P[:2], CLASSES, ["a", "b"], 100, seed=0)
+    with pytest.raises(ValueError, match="do not fit"):
+        score(TRUTH, P[:5], CLASSES, SUBJECTS, 100, seed=0)
+
+
+def test_rows_of_half_precision_are_scored():
+    assert score(TRUTH, P.astype(np.float16), CLASSES, SUBJECTS, 100, 0)["brier"] == pytest.approx(2.68 / 6, abs=1e-3)
 
 
 def test_same_seed_same_interval():
-    first, again, other = (score(TRUTH, P, CLASSES, SUBJECTS, 1000, seed)["ci95"] for seed in (0, 0, 1))
-    assert first == again and first["draws"] != other["draws"]
+    args = made_up(seed=3)
+    first, again, other = (score(*args, 1000, seed)["ci95"] for seed in (0, 0, 1))
+    assert first == again and first != other
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends():
+    draw = np.random.default_rng(0)
+    p_N = draw.random(2000)
+    truth = ["AD" if draw.random() < p else "CN" for p in p_N]
+    found = score(truth, np.c_[1 - p_N, p_N], ["CN", "AD"], [str(n) for n in range(2000)], 10, 0)
+    curve = found["roc"]["AD"]
+    assert len(curve["fpr"]) == 200 and (curve["fpr"][0], curve["tpr"][0]) == (0, 0)
+    assert (curve["fpr"][-1], curve["tpr"][-1]) == (1, 1)
+    assert np.trapezoid(curve["tpr"], curve["fpr"]) == pytest.approx(found["macro_auc"], abs=0.005)
+
+
+def test_a_comparison_redraws_both_sides_with_the_same_subjects():
+    truth, a_NK, classes, subjects = made_up(seed=5)
+    b_NK = made_up(seed=6, signal=0.5)[1]
+    found = compare(truth, a_NK, b_NK, classes, subjects, 60, seed=7)
+    truth_N = np.array([classes.index(name) for name in truth])
+    differences = []
+    for weight_N in draw_weights(truth_N, subjects, 60, seed=7):
+        rows = np.repeat(np.arange(len(truth)), weight_N.astype(int))
+        differences.append(
+            roc_auc_score(truth_N[rows], a_NK[rows], multi_class="ovr")
+            - roc_auc_score(truth_N[rows], b_NK[rows], multi_class="ovr")
+        )
+    assert found["macro_auc"]["ci95"] == pytest.approx(np.percentile(differences, [2.5, 97.5]).tolist())
+    rarer = min(sum(d <= 0 for d in differences), sum(d >= 0 for d in differences))
+    assert found["macro_auc"]["p_value"] == pytest.approx(min(1, 2 * (1 + rarer) / 61))
+    a, b = (score(truth, p_NK, classes, subjects, 10, 0) for p_NK in (a_NK, b_NK))
+    for name in ("balanced_accuracy", "macro_auc"):
+        assert found[name]["difference"] == pytest.approx(a[name] - b[name])
+
+
+def test_the_same_predictions_do_not_differ():
+    truth, p_NK, classes, subjects = made_up()
+    for found in compare(truth, p_NK, p_NK, classes, subjects, 200, 0).values():
+        assert found == {"difference": 0, "ci95": [0, 0], "p_value": 1}
+
+
+def test_one_in_twenty_comparisons_of_equals_is_taken_for_a_difference():
+    taken = 0
+    for seed in range(200):
+        draw = np.random.default_rng(seed)
+        truth = ["CN", "AD"] * 40
+        a_N, b_N = draw.random(80), draw.random(80)
+        found = compare(
+            truth, np.c_[1 - a_N, a_N], np.c_[1 - b_N, b_N], ["CN", "AD"], [str(n) for n in range(80)], 400, seed
+        )
+        taken += found["macro_auc"]["p_value"] < 0.05
+    assert 2 <= taken <= 22
+
+
+def test_age_alone_is_no_score_between_matched_pairs():
+    draw = np.random.default_rng(0)
+    age_N = np.r_[draw.uniform(60, 80, 150), draw.uniform(70, 90, 150)]
+    truth, subjects = ["CN"] * 150 + ["AD"] * 150, [str(n) for n in range(300)]
+    p_N = (age_N - 55) / 40
+    p_NK = np.c_[1 - p_N, p_N]
+    assert score(truth, p_NK, ["CN", "AD"], subjects, 10, 0)["macro_auc"] > 0.8
+    found = age_matched(truth, p_NK, ["CN", "AD"], age_N.tolist(), subjects, 1000, 0)
+    assert found["pairs"] > 50 and found["macro_auc"] == pytest.approx(0.5, abs=0.08)
+    low, high = found["ci95"]["macro_auc"]
+    assert low < found["macro_auc"] < high
+
+
+def test_pairs_keep_to_the_caliper_and_use_a_subject_once():
+    classes, ages = ["CN", "AD"], [70, 71, 72, 90, 70, None, 71.5]
+    truth = ["CN", "CN", "AD", "AD", "AD", "CN", "CN"]
+    subjects = ["a", "b", "c", "d", "c", "e", "a"]
+    p_NK = [[0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5], [0.5, 0.5]]
+    # c (72 at its first scan) goes with b (71); a is left over, d has nobody of its age, e has no age.
+    found = age_matched(truth, p_NK, classes, ages, subjects, 100, 0)
+    assert found == {"pairs": 1, "caliper_years": 2.0, "macro_auc": 0.0, "ci95": {"macro_auc": None}}
+    assert age_matched(truth, p_NK, classes, ages, subjects, 100, 0, caliper_years=0.5) is None
+
+
+def test_as_many_pairs_as_can_be_are_made():
+    # Nearest first would pair 71 with 71.5 and leave 70 and 73 alone.
+    truth, ages = ["CN", "CN", "AD", "AD"], [70, 71.5, 71, 73]
+    p_NK = [[0.8, 0.2], [0.6, 0.4], [0.7, 0.3], [0.1, 0.9]]
+    found = age_matched(truth, p_NK, ["CN", "AD"], ages, list("abcd"), 100, 0)
+    assert found["pairs"] == 2 and found["macro_auc"] == pytest.approx(3 / 4)
+
+
+def test_matching_of_three_classes_is_of_the_first_and_the_last():
+    found = age_matched(TRUTH, P, CLASSES, [70.0] * 6, SUBJECTS, 100, 0)
+    # AD of AD + CN: CN 1/7, 3/5; AD 7/8, 4/9
+    assert found["pairs"] == 2 and found["macro_auc"] == pytest.approx(3 / 4)
