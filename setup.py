@@ -29,6 +29,8 @@ setup(
         "pillow>=10.1",
         "pydicom>=3,<4",
         "rich>=13",
+        "rouge-score>=0.1.2,<0.2",
+        "sacrebleu>=2.4,<3",
         "safetensors>=0.5",
         "scikit-learn>=1.4",
         "scipy>=1.12",
