@@ -3,7 +3,7 @@ import torch
 from tiny import GRID, tiny_model
 from transformers import Blip2VisionConfig, Blip2VisionModel
 
-from medblip.vision import CHANNEL_MEAN, CHANNEL_STD, VisionTower, extend_positions, inflate_patches
+from medblip.vision import CHANNEL_MEAN, CHANNEL_STD, VisionTower, extend_positions, inflate_patches, standardized
 
 
 def tower(grid_size: int = GRID, patch_edge: int = 16, train_final_layernorm: bool = True, **sizes) -> VisionTower:
@@ -188,3 +188,18 @@ def test_activation_checkpointing_keeps_less_and_is_off_only_in_evaluation():
     assert checkpointed < plain / 4
     assert saved_for_backward(vision.eval(), volume_BXYZ) == plain  # which is why frozen blocks stay in train()
     assert saved_for_backward(vision.train(), volume_BXYZ) == checkpointed
+
+
+def test_a_standardized_volume_forgets_brightness_and_contrast_and_keeps_its_background():
+    head = torch.zeros(2, 16, 16, 16)
+    head[:, 3:13, 4:12, 2:14] = 0.1 + torch.rand(2, 10, 8, 12, generator=torch.Generator().manual_seed(0))
+    seen = standardized(head)
+    inside = head > 0
+    assert (seen[~inside] == 0).all()
+    assert seen[inside].mean().abs() < 1e-5 and abs(seen[inside].std() - 1) < 1e-3
+    brighter = torch.where(inside, 1.7 * head + 0.4, 0.0) / 0.27 - 1.7  # another gain, then the loader's scale
+    assert torch.allclose(standardized(brighter), seen, atol=1e-4)
+
+
+def test_a_blank_volume_is_standardized_to_zero():
+    assert (standardized(torch.full((1, 8, 8, 8), -1.7)) == 0).all()
