@@ -29,7 +29,7 @@ def test_patch_embedding_equals_a_3d_convolution():
     convolution.weight.data = vision.patch_embedding.weight.data.view(width, 1, edge, edge, edge)
     convolution.bias.data = vision.patch_embedding.bias.data
     volume_BXYZ = torch.randn(2, GRID, GRID, GRID, generator=torch.Generator().manual_seed(0))
-    patches_BPC = convolution(volume_BXYZ[:, None]).flatten(2).transpose(1, 2)
+    patches_BPC = convolution(standardized(volume_BXYZ)[:, None]).flatten(2).transpose(1, 2)
     class_B1C = vision.class_embedding.expand(2, 1, -1)
     expected = torch.cat([class_B1C, patches_BPC], dim=1) + vision.position_embedding
     assert torch.allclose(tokens_given_to_the_blocks(vision, volume_BXYZ), expected, atol=1e-5)
