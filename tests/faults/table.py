@@ -1,0 +1,110 @@
+"""Runs cases in lanes, and makes one table of what came of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from faults.ranks import ROOT, middle
+
+HEADING = "## Faults survived"
+
+
+@dataclass
+class Outcome:
+    """What came of one case; it survived if `wrong` is empty."""
+
+    row: str
+    """Of the table."""
+    name: str
+    wrong: list[str] = field(default_factory=list)
+    detected_s: float | None = None
+    """From the fault to the end of the last rank that it did not happen to."""
+    restarted_s: float | None = None
+    """From the next start to the end of its first step."""
+    steps_redone: int | None = None
+    elapsed_s: float = 0.0
+
+
+def in_lanes(cases: Sequence, play: Callable[[object, int], Outcome], lanes: int, folder: Path) -> list[Outcome]:
+    """Plays the cases, some at a time, each lane in a process of its own; says what came of each as it ends.
+
+    `play` is given a case and its number. A case whose play itself fails has not survived.
+    """
+    pids = []
+    for lane in range(lanes):
+        pid = os.fork()
+        if pid == 0:
+            with open(folder / f"outcomes-{lane}.jsonl", "w", buffering=1) as file:
+                for number in range(lane, len(cases), lanes):
+                    outcome = _play(play, cases[number], number)
+                    file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+                    result = "survived" if not outcome.wrong else f"NOT SURVIVED: {'; '.join(outcome.wrong)}"
+                    print(f"{outcome.elapsed_s:6.1f} s  {outcome.name}: {result}", file=sys.stderr, flush=True)
+            os._exit(0)
+        pids.append(pid)
+    ended_well = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 for pid in pids]
+    assert all(ended_well), "a lane of the suite itself has died"
+    lines = [line for lane in range(lanes) for line in (folder / f"outcomes-{lane}.jsonl").read_text().splitlines()]
+    assert len(lines) == len(cases)
+    return [Outcome(**json.loads(line)) for line in lines]
+
+
+def _play(play, case, number: int) -> Outcome:
+    began_at = time.monotonic()
+    try:
+        outcome = play(case, number)
+    except Exception:
+        outcome = Outcome("the suite itself", str(case), [traceback.format_exc()])
+    outcome.elapsed_s = time.monotonic() - began_at
+    return outcome
+
+
+def render(outcomes: list[Outcome], options) -> str:
+    """The table: a row for each kind of case, with how many of how many survived."""
+    head = ("case", "survived", "detected after s", "first step after s", "steps redone", "seconds")
+    lines = [" | ".join(("", *head, "")).strip(), "|---|---|---|---|---|---|"]
+    for row in dict.fromkeys(outcome.row for outcome in outcomes):
+        of_row = [outcome for outcome in outcomes if outcome.row == row]
+        survived = sum(not outcome.wrong for outcome in of_row)
+        cells = [row, f"{survived}/{len(of_row)}"]
+        cells += [_spread([getattr(outcome, name) for outcome in of_row]) for name in ("detected_s", "restarted_s")]
+        cells.append(_spread([outcome.steps_redone for outcome in of_row], digits=0))
+        cells.append(f"{sum(outcome.elapsed_s for outcome in of_row):.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    survived = sum(not outcome.wrong for outcome in outcomes)
+    lines.append(f"| all | {survived}/{len(outcomes)} |  |  |  | {sum(o.elapsed_s for o in outcomes):.0f} |")
+    made = time.strftime("%Y-%m-%d")
+    about = (
+        f"Seed {options.seed}, {options.lanes} at a time, {os.cpu_count()} cores, {made}. Times are median / p95 / max."
+    )
+    return "\n".join([about, "", *lines])
+
+
+def _spread(values: list[float | None], digits: int = 1) -> str:
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return ""
+    p95 = known[min(len(known) - 1, int(0.95 * len(known)))]
+    return " / ".join(f"{value:.{digits}f}" for value in (middle(known), p95, known[-1]))
+
+
+def write(text: str) -> None:
+    """Puts the table into docs/results.md, in the place of an earlier one: between its heading and `What was run`."""
+    path = ROOT / "docs/results.md"
+    results = path.read_text()
+    section = f"{HEADING}\n\n`make test-faults`. {text}\n"
+    pattern = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if pattern.search(results):
+        results = pattern.sub(lambda _: section + "\n", results)
+    else:
+        results = results.rstrip() + "\n\n" + section
+    path.write_text(results.rstrip() + "\n")
