@@ -33,7 +33,7 @@ class Writer:
     """Writes checkpoints of a run beside the training, one at a time; on rank 0 only the files, on all the collecting.
 
     A folder gets its name only when everything in it is on the disk, `latest` only then. A write that fails (disk
-    full, read-only, I/O error) is said as a warning, training goes on, and the older checkpoints stay.
+    full, read-only, I/O error, out of memory) is said as a warning, training goes on, and the older checkpoints stay.
 
     Args:
         run: folder of the run.
@@ -46,7 +46,7 @@ class Writer:
     def __init__(self, run: Path, rank: Rank, keep: int, keep_every: int = 0, saved_step: int | None = None):
         self.run, self.rank, self.keep, self.keep_every = run, rank, keep, keep_every
         self.saved_step = saved_step
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def save(self, engine, state: dict[str, Any]) -> float:
@@ -83,12 +83,12 @@ class Writer:
             if (state.get("best") or {}).get("step") == state["step"]:
                 point_best(self.run, state["best"])
             prune(self.run, self.keep, self.keep_every)
-        except OSError as error:
+        except Exception as error:  # of any kind: what a thread raises is lost, and the run would end as if saved
             self.error = error
             newest = f"that of step {self.saved_step}" if self.saved_step else "an older one or none"
             log.warning(
                 "the checkpoint of step %d could not be written (%s): training goes on; the newest checkpoint is %s",
-                *(state["step"], error, newest),
+                *(state["step"], str(error) or type(error).__name__, newest),
             )
 
 
@@ -173,7 +173,7 @@ def newest_whole(run: Path, made_of: dict[str, Any] | None = None) -> Path | Non
     """
     steps = sorted(_steps(run), reverse=True)
     pointer = run / "latest"
-    named = pointer.read_text().strip() if pointer.is_file() else None
+    named = pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else None
     faults = []
     for step in steps:
         folder = run / "checkpoints" / f"step-{step}"

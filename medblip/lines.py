@@ -49,13 +49,18 @@ class Appender:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file, a line each, up to one that a kill has torn; empty if there is no file."""
+    """The JSON objects of a file, a line each; empty if there is no file.
+
+    The last line may be torn by a kill; any other that is damaged is named in a warning and left out.
+    """
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    written = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(written, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:  # everything after it is redone anyway
-            break
+        except ValueError:  # also bytes that are no text
+            if number < len(written):
+                log.warning("%s: line %d is damaged and is left out", path, number)
     return records
 
 

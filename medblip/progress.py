@@ -104,11 +104,17 @@ def keep_schedule(run: Path, config: TrainConfig, world_size: int) -> TrainConfi
     Raises:
         ValueError: if it was begun under options that change what is learned; see `check_same_run`.
     """
-    if not any((run / "checkpoints").glob("step-*")) or not (run / "config.json").exists():
+    if not any((run / "checkpoints").glob("step-*")):
         return config
-    stored = json.loads((run / "config.json").read_text())
-    check_same_run(stored["train"], config)
-    before = stored["schedule"]
+    try:
+        stored = json.loads((run / "config.json").read_bytes())
+        train, before = stored["train"], stored["schedule"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{run / 'config.json'}: missing or damaged, so that nothing says with which options the checkpoints were "
+            "made; bring it back, or take another --run"
+        ) from None
+    check_same_run(train, config)
     kept = {name: before[name] for name in ("steps", "global_batch") if getattr(config, name) is None}
     contrastive_batch = before["global_batch"] // before["accumulation"]
     if config.micro_batch is None and contrastive_batch % world_size == 0:

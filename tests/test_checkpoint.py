@@ -36,6 +36,12 @@ def files_of(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def whole_files(run):
+    """Contents of all files but those of an unfinished checkpoint."""
+    paths = [path for path in run.rglob("*") if path.is_file() and ".unfinished" not in str(path)]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 def flip(path, at):
     content = bytearray(path.read_bytes())
     content[at % len(content)] ^= 1
@@ -67,11 +73,11 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(run, name, da
     assert checkpoint.newest_whole(run, MADE_OF).name == "step-6"
 
 
-@pytest.mark.parametrize("content", [None, "", "step-2\n", "step-99\n", "nonsense"])
+@pytest.mark.parametrize("content", [None, b"", b"step-2\n", b"step-99\n", b"nonsense", b"\xf3tep-6\n"])
 def test_latest_missing_empty_stale_or_wrong_is_said_and_the_newest_is_used(run, content, caplog):
     (run / "latest").unlink()
     if content is not None:
-        (run / "latest").write_text(content)
+        (run / "latest").write_bytes(content)
     assert checkpoint.newest_whole(run, MADE_OF).name == "step-6"
     assert str(run / "latest") in caplog.text and "step-6" in caplog.text
 
@@ -111,26 +117,27 @@ def test_the_newest_and_every_mth_are_kept(run):
     assert files_of(run / "checkpoints") == ["step-12"]
 
 
-def test_a_write_that_fails_is_a_warning_and_leaves_what_was_there(run, monkeypatch, caplog):
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("a fault of a library")])
+def test_a_write_that_fails_is_a_warning_and_leaves_what_was_there(run, monkeypatch, caplog, failure):
     real, broken = checkpoint.save_file, [True]
 
     def save_file(tensors, path):
         real(tensors, path)
         if broken[0] and "exp_avg" in str(path):
-            raise OSError(28, "No space left on device")
+            raise failure
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     monkeypatch.setattr(
         checkpoint, "_collect", lambda engine, rank: {k: {"w": torch.ones(3)} for k in checkpoint.TENSORS}
     )
     monkeypatch.setattr(checkpoint, "_adam_step", lambda engine: 8)
-    before = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.rglob("*") if path.is_file()}
+    before = whole_files(run)
     writer = checkpoint.Writer(run, RANK, keep=2, saved_step=6)
     with caplog.at_level(logging.INFO):
         writer.save(None, {"step": 8, **MADE_OF})
         assert not writer.wait() and writer.saved_step == 6
-    assert "No space left on device" in caplog.text and "training goes on" in caplog.text
-    assert {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in run.rglob("*") if p.is_file()} == before
+    assert str(failure) in caplog.text and "training goes on" in caplog.text
+    assert whole_files(run) == before
     assert checkpoint.newest_whole(run, MADE_OF).name == "step-6"
     broken[0] = False
     writer.save(None, {"step": 8, **MADE_OF})

@@ -100,6 +100,18 @@ def test_other_options_on_resume_are_refused_by_name_and_value(made_up_shards, u
     assert "--ehr was demographics, now staging" in refused.stderr
 
 
+@pytest.mark.parametrize("content", [None, '{"train": {"data'])
+def test_without_the_options_of_the_checkpoints_nothing_goes_on(content, tmp_path):
+    from medblip.config import TrainConfig
+    from medblip.progress import keep_schedule
+
+    (tmp_path / "checkpoints/step-3").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json: missing or damaged"):
+        keep_schedule(tmp_path, TrainConfig(data="", run=str(tmp_path), deepspeed_config=""), 1)
+
+
 def test_after_a_damaged_checkpoint_the_one_before_is_used_out_loud_and_the_end_is_the_same(
     made_up_shards, uninterrupted, tmp_path
 ):

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from faults import cells, launchers, table
+from faults import cells, inputs, launchers, table
 from faults.cells import Bench
 from faults.ranks import make_shards, preload
 
@@ -56,6 +56,14 @@ def run_part(part: str, options: argparse.Namespace, bench: Bench) -> list[table
         bench.undisturbed(cells.LAYOUT)
         cases = [case for case in launchers.all_launched(options.seed) if fnmatch.fnmatch(case.name, options.only)]
         return table.in_lanes(cases, functools.partial(launchers.play, bench), options.lanes, bench.folder)
+    if part == "inputs":
+        bench.undisturbed(cells.LAYOUT)
+        begun = inputs.begun_run(bench)
+        cases = [case for case in inputs.all_cases() if fnmatch.fnmatch(case.name, options.only)]
+        if not inputs.may_mount(bench.folder / "mount"):
+            print("not allowed to mount a file system: left out are its cases", file=sys.stderr)
+            cases = [case for case in cases if not case.mount]
+        return table.in_lanes(cases, functools.partial(inputs.play, bench, begun), options.lanes, bench.folder)
     raise AssertionError(part)
 
 

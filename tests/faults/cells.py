@@ -124,16 +124,16 @@ def play(bench: Bench, cell: Cell, number: int) -> Outcome:
     return outcome
 
 
-def end(bench: Bench, outcome: Outcome, folder: Path, starts: list[Start], layout: Layout = LAYOUT) -> None:
+def end(bench: Bench, outcome: Outcome, folder: Path, starts: list[Start], keep: bool = False) -> None:
     """The end of every case: the last start ended well, and the run is the undisturbed one; then its folder goes."""
     if any(starts[-1].codes):
         outcome.wrong.append(f"the last start ended with {starts[-1].codes}:\n{starts[-1].log[-2000:]}")
     else:
         notes = [folder / f"start-{number}" for number in range(len(starts))]
-        outcome.wrong += bench.compare(folder / "run", notes, layout)
+        outcome.wrong += bench.compare(folder / "run", notes, LAYOUT)
         outcome.steps_redone = redone(folder / "run")
         outcome.restarted_s = first_step(notes[-1], starts[-1])
-    if not outcome.wrong:
+    if not outcome.wrong and not keep:
         shutil.rmtree(folder)
 
 
