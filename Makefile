@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: install demo test test-slow bench lint clean
+.PHONY: install demo test test-slow test-faults bench lint clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,9 @@ test: lint
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+test-faults: install
+	PYTHONPATH=.:tests $(BIN)/python -m faults --lanes 2 --write
 
 lint: install
 	$(BIN)/ruff check .

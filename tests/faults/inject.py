@@ -212,7 +212,7 @@ def install(fault: Fault, rank: int, folder: Path) -> Injector:
 
         checkpoint._collect = collect
     elif point in ("save: before the folder", "last save"):
-        before(checkpoint, "write_folder", in_save)
+        before(checkpoint, "write_folder", lambda run, tensors, state: injector.hit(state["step"]))
     elif point == "save: in the data":
         real_tensors = checkpoint._save_tensors
 
@@ -282,7 +282,10 @@ def _let_the_loader_die(injector: Injector) -> None:
 
 
 def observe(rank: int, folder: Path) -> None:
-    """From now on a line per step in `folder`/steps-RANK.jsonl: step, random state, learning rates, time."""
+    """From now on a line per step in `folder`/steps-RANK.jsonl: step, random state, learning rates, time.
+
+    And in `folder`/unsynced-RANK whatever of a checkpoint gets its name before its bytes are on the disk.
+    """
     import torch
 
     import train
@@ -300,3 +303,23 @@ def observe(rank: int, folder: Path) -> None:
         return result
 
     train.train_step = observed
+    _observe_renames(folder / f"unsynced-{rank}")
+
+
+def _observe_renames(notes: Path) -> None:
+    """A kill loses nothing that was written; that a loss of power would not either, the order of calls must show."""
+    synced = set()
+
+    def fsync(handle):
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def rename(old, new):
+        old = Path(old).absolute()
+        if old.name.startswith((".step-", ".latest")):
+            parts = {str(old), *(str(path) for path in old.glob("*"))}
+            if early := sorted(Path(path).name for path in parts - synced):
+                notes.write_text(f"{Path(new).name} got its name before these were on the disk: {', '.join(early)}")
+            synced.difference_update(parts)
+
+    before(os, "fsync", fsync)
+    before(os, "replace", rename)

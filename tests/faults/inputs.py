@@ -458,7 +458,7 @@ def play(bench: Bench, begun: tuple[Path, Path], case: Case, number: int) -> Out
         case.damage(run, shards)
         arguments = command(shards, run, LAYOUT, *case.options, timeout_s=case.timeout_s)
         before_it = _checkpoints(run)
-        first = start(arguments, LAYOUT, folder / "start-1", None, case.prepare, case.timeout_s)
+        first = start(arguments, LAYOUT, folder / "start-1", None, case.prepare)
         if first.codes != [case.code] * LAYOUT.world:
             outcome.wrong.append(f"the ranks ended with {first.codes} instead of {case.code}:\n{first.log[-2500:]}")
         outcome.wrong += [

@@ -85,10 +85,18 @@ PRELOADED = (
 )  # fmt: skip
 
 
-def command(shards: Path, run: Path, layout: Layout, *options: object, timeout_s: float = TIMEOUT_S) -> list[str]:
+def command(
+    shards: Path,
+    run: Path,
+    layout: Layout,
+    *options: object,
+    timeout_s: float = TIMEOUT_S,
+    steps: int = STEPS,
+    checkpoint_every: int = CHECKPOINT_EVERY,
+) -> list[str]:
     """The arguments of train.py."""
     words = ["--deepspeed_config", ROOT / f"ds_configs/{layout.engine}.json", "--data", shards, "--run", run]
-    words += ["--steps", STEPS, "--checkpoint-every", CHECKPOINT_EVERY, "--global-batch", GLOBAL_BATCH]
+    words += ["--steps", steps, "--checkpoint-every", checkpoint_every, "--global-batch", GLOBAL_BATCH]
     words += ["--micro-batch", layout.micro_batch] if layout.micro_batch else []
     words += ["--step-timeout-s", timeout_s, "--read-threads", 1, *options]
     return [str(word) for word in words]
@@ -100,7 +108,7 @@ def start(
     folder: Path,
     fault: Fault | None = None,
     prepare: Callable[[int], None] = lambda rank: None,
-    timeout_s: float = TIMEOUT_S,
+    meanwhile: Callable[[list[int]], None] = lambda pids: None,
 ) -> Start:
     """Forks the ranks, waits until all have ended, and says how.
 
@@ -110,7 +118,7 @@ def start(
         folder: for logs and notes of this start; new.
         fault: to happen in one of the ranks.
         prepare: called in each rank's process with its number, before anything else.
-        timeout_s: the run's --step-timeout-s: once a rank is dead or stopped, the others have twice that.
+        meanwhile: called again and again with the ranks' process ids until all have ended.
     """
     folder.mkdir(parents=True)
     port = str(free_port())
@@ -125,7 +133,7 @@ def start(
         (folder / f".pid-{rank}").write_text(str(pid))
         os.replace(folder / f".pid-{rank}", folder / f"pid-{rank}")
         pids.append(pid)
-    return _wait(pids, folder, fault, began_at, timeout_s)
+    return _wait(pids, folder, fault, began_at, meanwhile)
 
 
 def _be_a_rank(arguments, environment, folder, rank, fault, prepare) -> None:
@@ -158,7 +166,7 @@ def _be_a_rank(arguments, environment, folder, rank, fault, prepare) -> None:
         os._exit(code)
 
 
-def _wait(pids: list[int], folder: Path, fault: Fault | None, began_at: float, timeout_s: float) -> Start:
+def _wait(pids: list[int], folder: Path, fault: Fault | None, began_at: float, meanwhile) -> Start:
     """Waits for the ranks; kills what cannot end by itself as a launcher does, and what hangs."""
     codes: dict[int, int] = {}
     ended_at: dict[int, float] = {}
@@ -186,6 +194,7 @@ def _wait(pids: list[int], folder: Path, fault: Fault | None, began_at: float, t
             if frozen and now - json.loads(hit.read_text())["at"] > 4:
                 for rank in frozen:
                     os.kill(pids[rank], signal.SIGKILL)
+        meanwhile(pids)
         time.sleep(0.01)
     return Start(
         codes=[codes[rank] for rank in range(len(pids))],

@@ -31,6 +31,7 @@ def differences(run: Path, notes: list[Path], undisturbed: Path, notes_undisturb
         found.append(f"status.json says {status['state']}, latest says {(run / 'latest').read_text().strip()}")
     if leftovers := [str(path.relative_to(run)) for path in run.rglob("*.unfinished")]:
         found.append(f"left behind: {', '.join(leftovers)}")
+    found += [path.read_text() for folder in notes for path in sorted(folder.glob("unsynced-*"))]
     one, other = (folder / "checkpoints" / last for folder in (run, undisturbed))
     if not one.is_dir():
         return [*found, f"no checkpoint {last}"]

@@ -34,28 +34,39 @@ class Outcome:
     elapsed_s: float = 0.0
 
 
-def in_lanes(cases: Sequence, play: Callable[[object, int], Outcome], lanes: int, folder: Path) -> list[Outcome]:
-    """Plays the cases, some at a time, each lane in a process of its own; says what came of each as it ends.
+def in_lanes(part: str, cases: Sequence, play: Callable[[object, int], Outcome], lanes: int, folder: Path) -> None:
+    """Plays the cases of a part, some at a time, each lane in a process of its own; says what came of each as it ends.
 
-    `play` is given a case and its number. A case whose play itself fails has not survived.
+    `play` is given a case and its number. A case whose play itself fails has not survived. What came of them is left
+    in `folder`, and a case that has left something there is not played again, whatever came of it.
     """
+    known = [outcome.name for outcome in outcomes(folder, part)]
+    left = [n for n, case in enumerate(cases) if not any(name.startswith(case.name) for name in known)]
     pids = []
     for lane in range(lanes):
         pid = os.fork()
         if pid == 0:
-            with open(folder / f"outcomes-{lane}.jsonl", "w", buffering=1) as file:
-                for number in range(lane, len(cases), lanes):
-                    outcome = _play(play, cases[number], number)
-                    file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
-                    result = "survived" if not outcome.wrong else f"NOT SURVIVED: {'; '.join(outcome.wrong)}"
-                    print(f"{outcome.elapsed_s:6.1f} s  {outcome.name}: {result}", file=sys.stderr, flush=True)
+            for number in left[lane::lanes]:
+                keep(part, lane, _play(play, cases[number], number), folder)
             os._exit(0)
         pids.append(pid)
     ended_well = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 for pid in pids]
     assert all(ended_well), "a lane of the suite itself has died"
-    lines = [line for lane in range(lanes) for line in (folder / f"outcomes-{lane}.jsonl").read_text().splitlines()]
-    assert len(lines) == len(cases)
-    return [Outcome(**json.loads(line)) for line in lines]
+    assert len(outcomes(folder, part)) >= len(cases)
+
+
+def keep(part: str, lane: int, outcome: Outcome, folder: Path) -> None:
+    """Says what came of a case, and leaves it in the folder."""
+    with open(folder / f"outcomes-{part}-{lane}.jsonl", "a") as file:
+        file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+    result = "survived" if not outcome.wrong else f"NOT SURVIVED: {'; '.join(outcome.wrong)}"
+    print(f"{outcome.elapsed_s:6.1f} s  {outcome.name}: {result}", file=sys.stderr, flush=True)
+
+
+def outcomes(folder: Path, part: str = "*") -> list[Outcome]:
+    """What the parts that were run in a folder have left there."""
+    paths = sorted(folder.glob(f"outcomes-{part}-*.jsonl"))
+    return [Outcome(**json.loads(line)) for path in paths for line in path.read_text().splitlines()]
 
 
 def _play(play, case, number: int) -> Outcome:
@@ -68,20 +79,23 @@ def _play(play, case, number: int) -> Outcome:
     return outcome
 
 
-def render(outcomes: list[Outcome], options) -> str:
+def render(found: list[Outcome], options) -> str:
     """The table: a row for each kind of case, with how many of how many survived."""
     head = ("case", "survived", "detected after s", "first step after s", "steps redone", "seconds")
     lines = [" | ".join(("", *head, "")).strip(), "|---|---|---|---|---|---|"]
-    for row in dict.fromkeys(outcome.row for outcome in outcomes):
-        of_row = [outcome for outcome in outcomes if outcome.row == row]
+    for row in dict.fromkeys(outcome.row for outcome in found):
+        of_row = [outcome for outcome in found if outcome.row == row]
         survived = sum(not outcome.wrong for outcome in of_row)
         cells = [row, f"{survived}/{len(of_row)}"]
         cells += [_spread([getattr(outcome, name) for outcome in of_row]) for name in ("detected_s", "restarted_s")]
         cells.append(_spread([outcome.steps_redone for outcome in of_row], digits=0))
         cells.append(f"{sum(outcome.elapsed_s for outcome in of_row):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
-    survived = sum(not outcome.wrong for outcome in outcomes)
-    lines.append(f"| all | {survived}/{len(outcomes)} |  |  |  | {sum(o.elapsed_s for o in outcomes):.0f} |")
+    survived = sum(not outcome.wrong for outcome in found)
+    lines.append(f"| all | {survived}/{len(found)} |  |  |  | {sum(o.elapsed_s for o in found):.0f} |")
+    lines += ["", *(outcome.name for outcome in found if outcome.row == "soak: its end")]
+    lost = [f"- not survived: {outcome.name}" for outcome in found if outcome.wrong]
+    lines += ["", *lost] if lost else []
     made = time.strftime("%Y-%m-%d")
     about = (
         f"Seed {options.seed}, {options.lanes} at a time, {os.cpu_count()} cores, {made}. Times are median / p95 / max."
