@@ -10,6 +10,7 @@ cut, what was skipped and why, and is cut back alike.
 from __future__ import annotations
 
 import json
+import logging
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from tyro.conf import Positional
 
 from medblip import lines
 from medblip.lines import Appender, read_records
+
+log = logging.getLogger("medblip")
 
 HEAD = struct.Struct("<4sIII")  # magic, step, number of KEYs, crc32 of the rest
 MAGIC = b"step"
@@ -70,10 +73,12 @@ class Ledger:
 def cut_back(run: Path, step: int) -> int:
     """Removes what stands after a step from all ranks' files; rank 0 does it before the others write.
 
-    Returns the number of steps that are done again, and notes it in events.jsonl.
+    Returns the number of steps that are done again, and notes it in events.jsonl. Warns if the step itself, of which
+    there is a checkpoint, is not whole.
     """
     folder = run / "ledger"
     last = step
+    world, ranks = 1, set()  # of the step itself
     for path in sorted(folder.glob("*.bin")):
         if not _layout(path):  # torn in its first line: it holds no step
             path.unlink()
@@ -82,8 +87,12 @@ def cut_back(run: Path, step: int) -> int:
             end = len(file.readline())
             for record_step, _, record_end in _records(path):
                 last = max(last, record_step)
+                if record_step == step:
+                    world, ranks = _layout(path)["world"], ranks | {_layout(path)["rank"]}
                 end = record_end if record_step <= step else end
             file.truncate(end)
+    if step and len(ranks) < world:
+        log.warning("%s: step %d is not whole: damaged; what the run used before stays unproved", folder, step)
     events = folder / "events.jsonl"
     lines.cut_back(events, step)
     folder.mkdir(parents=True, exist_ok=True)

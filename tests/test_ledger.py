@@ -93,6 +93,16 @@ def test_a_torn_record_is_no_step_and_is_cut_away(run):
     assert run.compare()["faults"] == [] and run.compare()["steps"] == 5
 
 
+def test_a_ledger_that_does_not_reach_the_checkpoint_is_said_and_stays_a_fault(run, caplog):
+    run.train(0, 4, world=2, micro_batch=1)
+    path = next((run.folder / "ledger").glob("*-00001.bin"))
+    path.write_bytes(path.read_bytes()[:-5])
+    run.train(4, 5, world=2, micro_batch=1)
+    assert "step 4 is not whole" in caplog.text
+    with pytest.raises(ValueError, match="step 4 has ranks"):
+        run.compare()
+
+
 def test_skipped_samples_and_steps_are_listed_with_their_reason_and_cut_back(run):
     run.train(0, 2, world=1, micro_batch=2)
     account = ledger.Ledger(run.folder, 2, {"rank": 0, "world": 1, "micro_batch": 2, "accumulation": 2})

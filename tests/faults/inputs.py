@@ -47,8 +47,8 @@ class Case:
     is_again: bool = False
     """Started once more, without the fault; must then end like an undisturbed one."""
     timeout_s: float = TIMEOUT_S
-    skips: bool = False
-    """Samples are skipped, so the end is another than the undisturbed run's."""
+    then: Callable[[Path], list[str]] | None = None
+    """What is wrong with the run in the end, where it cannot be the undisturbed one's."""
     mount: str = ""
     """Options of a file system of its own for the run folder; the case is left out where mounting is not allowed."""
 
@@ -68,6 +68,18 @@ def change_json(path: Path, change: Callable[[dict], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def skipped_one(run: Path) -> list[str]:
+    """What is wrong with a run that skipped a sample: the ledger must list it, and have everything else as planned."""
+    from medblip import ledger
+
+    proof = ledger.compare(run)
+    keys = {key for event in proof["skipped"] for key in event["keys"]}
+    wrong = [f"ledger: {fault}" for fault in proof["faults"]]
+    if len(keys) != 1 or {event["what"] for event in proof["skipped"]} != {"sample skipped"}:
+        wrong.append(f"the ledger lists {proof['skipped']}")
+    return wrong
 
 
 def all_cases() -> list[Case]:
@@ -119,21 +131,30 @@ def checkpoint_cases() -> list[Case]:
 
 
 def run_folder_cases() -> list[Case]:
-    def tear(run, _, names):
-        for name in names:
-            for path in run.glob(name):
-                truncate(path) if name == "config.json" else os.truncate(path, path.stat().st_size - 3)
+    def tear(run, _):
+        """As a kill does that comes in the midst of writing step 8."""
+        for name, half in (("metrics.jsonl", b'{"step": 8, "los'), ("ledger/events.jsonl", b'{"step": 8')):
+            with open(run / name, "ab") as file:
+                file.write(half)
+        for path in (run / "ledger").glob("*.bin"):
+            path.write_bytes(path.read_bytes() + b"step\x08\0")
+
+    def lose(run, _):
+        path = sorted((run / "ledger").glob("*.bin"))[1]
+        os.truncate(path, path.stat().st_size - 3)
+
+    def found_by_the_ledger(run):
+        from medblip import ledger
+
+        try:
+            return [] if ledger.compare(run)["faults"] else ["the ledger proves what it cannot know"]
+        except ValueError as error:
+            return [] if "step 7" in str(error) else [str(error)]
 
     row = "bad run folder"
     return [
-        Case(
-            row,
-            f"{name} torn in its last line",
-            ("going on from",),
-            functools.partial(tear, names=[name]),
-        )
-        for name in ("metrics.jsonl", "ledger/*.bin", "ledger/events.jsonl")
-    ] + [
+        Case(row, "metrics and ledger torn in a step that no checkpoint has", ("going on from",), tear),
+        Case(row, "the ledger lost the checkpoint's step", ("step 7 is not whole",), lose, then=found_by_the_ledger),
         Case(row, "status.json truncated", ("going on from",), lambda run, _: truncate(run / "status.json")),
         Case(row, "config.json truncated", ("config.json",), lambda run, _: truncate(run / "config.json"), 1),
         Case(row, "config.json missing", ("config.json",), lambda run, _: (run / "config.json").unlink(), 1),
@@ -244,17 +265,17 @@ def shard_cases() -> list[Case]:
         Case(row, "index.json absent", ("index.json", "missing"), lambda _, s: (s / "index.json").unlink(), 1, True),
         Case(row, "index.json truncated", ("index.json",), lambda _, s: truncate(s / "index.json"), 1, True),
         Case(row, "one KEY twice", ("same KEY stands twice",), twice, 1, True),
-        Case(row, "one bit of a volume flipped", (*named, "damaged"), in_volume, is_fresh=True, skips=True),
-        Case(row, "a volume that does not decode", named, undecodable, is_fresh=True, skips=True),
-        Case(row, "a record that is no JSON", named, in_record, is_fresh=True, skips=True),
-        Case(row, "a record with NaN", named, number_in_record, is_fresh=True, skips=True),
+        Case(row, "one bit of a volume flipped", (*named, "damaged"), in_volume, is_fresh=True, then=skipped_one),
+        Case(row, "a volume that does not decode", named, undecodable, is_fresh=True, then=skipped_one),
+        Case(row, "a record that is no JSON", named, in_record, is_fresh=True, then=skipped_one),
+        Case(row, "a record with NaN", named, number_in_record, is_fresh=True, then=skipped_one),
         Case(
             row,
             "one bit of a record flipped, still JSON",
             named,
             functools.partial(number_in_record, to=1),
             is_fresh=True,
-            skips=True,
+            then=skipped_one,
         ),
         Case(row, "more bad samples than allowed", ("--max-skipped", "could not be read"), two, 1, True),
     ]
@@ -312,7 +333,7 @@ def storage_cases() -> list[Case]:
             ("is skipped: ", "Input/output error"),
             is_fresh=True,
             prepare=_failing_read,
-            skips=True,
+            then=skipped_one,
         ),
         Case(
             row,
@@ -473,8 +494,8 @@ def play(bench: Bench, begun: tuple[Path, Path], case: Case, number: int) -> Out
             if case.mount:
                 subprocess.run(["mount", "-o", "remount,rw,size=400m", str(run.parent)], check=True)
             starts.append(start(arguments, LAYOUT, folder / "start-2"))
-        if case.skips:
-            outcome.wrong += _skipped(run)
+        if case.then:
+            outcome.wrong += case.then(run)
         elif (case.code == 0 or case.is_again) and not outcome.wrong:
             end(bench, outcome, folder, starts, keep=bool(case.mount))
     finally:
@@ -487,15 +508,3 @@ def play(bench: Bench, begun: tuple[Path, Path], case: Case, number: int) -> Out
 
 def _checkpoints(run: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted((run / "checkpoints").rglob("*")) if p.is_file()}
-
-
-def _skipped(run: Path) -> list[str]:
-    """What is wrong with a run that skipped one sample: the ledger must list it and have everything else as planned."""
-    from medblip import ledger
-
-    proof = ledger.compare(run)
-    keys = {key for event in proof["skipped"] for key in event["keys"]}
-    wrong = [f"ledger: {fault}" for fault in proof["faults"]]
-    if len(keys) != 1 or {event["what"] for event in proof["skipped"]} != {"sample skipped"}:
-        wrong.append(f"the ledger lists {proof['skipped']}")
-    return wrong
