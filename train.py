@@ -22,7 +22,8 @@ from pathlib import Path
 import tyro
 
 from medblip.config import TrainConfig, is_url
-from medblip.schedule import Schedule, load_deepspeed_config, plan_schedule, positions
+from medblip.ds_config import load_deepspeed_config
+from medblip.schedule import Schedule, plan_schedule, positions
 
 
 def main() -> int:
@@ -87,7 +88,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     samples = balance(index.samples("train"), config.balance_classes, config.balance_subjects)
     config = keep_schedule(run, config, rank.world)
     schedule, notes = plan_schedule(config, len(samples), rank.world)
-    engine_config = load_deepspeed_config(config.deepspeed_config, schedule)
+    engine_config = load_deepspeed_config(config.deepspeed_config, schedule, run)
     for note in notes:
         log.info(note)
     model_config = config.model_config()

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medblip.config import PRESETS, ModelConfig, TrainConfig, unknown
-from medblip.schedule import load_deepspeed_config, plan_schedule
+from medblip.ds_config import load_deepspeed_config
+from medblip.schedule import plan_schedule
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` must not wait for it
     import torch

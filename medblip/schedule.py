@@ -1,12 +1,9 @@
-"""How a run divides its data into steps, and the batch sizes that DeepSpeed is told."""
+"""How a run divides its data into steps."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from medblip.config import PRESETS, TrainConfig
 
@@ -83,28 +80,3 @@ def positions(first_step: int, schedule: Schedule, rank: int, world: int) -> Ite
         for micro in range(schedule.accumulation):
             first = step * schedule.global_batch + (micro * world + rank) * schedule.micro_batch
             yield list(range(first, first + schedule.micro_batch))
-
-
-def load_deepspeed_config(path: str | Path, schedule: Schedule) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON and writes the batch sizes into it.
-
-    Raises:
-        ValueError: if the file is not JSON, holds an optimizer or scheduler, or says other batch sizes.
-    """
-    try:
-        engine = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--deepspeed_config {path}: cannot be read as JSON ({error})") from None
-    if not isinstance(engine, dict):
-        raise ValueError(f"--deepspeed_config {path}: not a JSON object")
-    for key in ("optimizer", "scheduler"):
-        if key in engine:
-            raise ValueError(f"{path}: remove '{key}': train.py owns the optimizer and the learning rate")
-    for key, value in {
-        "train_batch_size": schedule.global_batch,
-        "train_micro_batch_size_per_gpu": schedule.micro_batch,
-        "gradient_accumulation_steps": schedule.accumulation,
-    }.items():
-        if engine.setdefault(key, value) != value:
-            raise ValueError(f"{path}: {key} is {engine[key]}, but this run needs {value}; remove it from the file")
-    return engine

@@ -14,9 +14,10 @@ from tiny import GRID, make_batch, model_config, tiny_words
 
 from medblip import checkpoint, distributed
 from medblip.config import TrainConfig
+from medblip.ds_config import load_deepspeed_config
 from medblip.model import MedBLIP, trainable
 from medblip.optim import AdamW, build_optimizer
-from medblip.schedule import load_deepspeed_config, plan_schedule
+from medblip.schedule import plan_schedule
 
 
 def train_and_save(run: Path, preset: str, engine_name: str, lora: bool, rank) -> list[int]:

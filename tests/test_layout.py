@@ -15,7 +15,7 @@ from conftest import ROOT
 LAYERS = [
     ["config"],
     ["distributed", "schedule", "text", "augment", "dicom", "stopping", "lines"],
-    ["image", "remote", "watch", "tally"],
+    ["image", "remote", "watch", "tally", "ds_config"],
     ["volume", "cache"],
     ["towers"],
     ["words", "pretrained"],

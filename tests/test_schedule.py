@@ -1,15 +1,13 @@
 import dataclasses
-import json
 
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medblip.config import PRESETS, TrainConfig
 from medblip.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from medblip.schedule import Schedule, load_deepspeed_config, plan_schedule
+from medblip.schedule import Schedule, plan_schedule
 
 
 def config(**options) -> TrainConfig:
@@ -107,52 +105,3 @@ def test_only_trainable_matrices_are_decayed():
     assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0
     assert decayed["params"] == [model[0].weight]
     assert {id(p) for p in plain["params"]} == {id(model[0].bias), id(model[1].weight), id(model[1].bias)}
-
-
-def write(folder, content) -> str:
-    (folder / "engine.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    return str(folder / "engine.json")
-
-
-def test_batch_sizes_are_written_into_the_deepspeed_config(tmp_path):
-    engine = load_deepspeed_config(write(tmp_path, {"bf16": {"enabled": True}}), SCHEDULE)
-    assert engine == {
-        "bf16": {"enabled": True},
-        "train_batch_size": 8,
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": 2,
-    }
-    assert load_deepspeed_config(write(tmp_path, engine), SCHEDULE) == engine
-
-
-@pytest.mark.parametrize("key", ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
-@pytest.mark.parametrize("value", [64, "auto"])
-def test_a_deepspeed_config_with_other_batch_sizes_is_refused(tmp_path, key, value):
-    with pytest.raises(ValueError, match=f"engine.json: {key} is {value}, but this run needs "):
-        load_deepspeed_config(write(tmp_path, {key: value}), SCHEDULE)
-
-
-@pytest.mark.parametrize("key", ["optimizer", "scheduler"])
-def test_a_deepspeed_config_with_its_own_optimizer_is_refused(tmp_path, key):
-    with pytest.raises(ValueError, match=f"engine.json: remove '{key}'"):
-        load_deepspeed_config(write(tmp_path, {key: {}}), SCHEDULE)
-
-
-def test_a_deepspeed_config_that_is_no_json_object_is_refused_by_name(tmp_path):
-    for content in ("{'a': 1}", "[]"):
-        with pytest.raises(ValueError, match="engine.json"):
-            load_deepspeed_config(write(tmp_path, content), SCHEDULE)
-    with pytest.raises(ValueError, match="nowhere.json"):
-        load_deepspeed_config(tmp_path / "nowhere.json", SCHEDULE)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
-def test_the_configs_in_the_repository_load_and_say_a_zero_stage(path):
-    engine = load_deepspeed_config(path, SCHEDULE)
-    assert engine["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero")[0])
-    assert engine["train_batch_size"] == 8
-    assert engine.get("bf16", {}).get("enabled", False) == ("fp32" not in path.stem)
-
-
-def test_there_is_a_config_for_every_zero_stage():
-    assert {"zero1", "zero2", "zero3", "zero3_offload"} <= {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
