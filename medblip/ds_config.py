@@ -126,11 +126,11 @@ def _faults(engine: dict[str, Any], schedule: Schedule) -> Iterator[str]:
                 yield f"'{full}' is \"auto\", which only other trainers fill in: write a value, or remove it"
     for key, value in _batch_sizes(schedule).items():
         if engine.get(key, value) != value:
-            sizes = schedule.micro_batch, schedule.accumulation
+            micro, accumulation = schedule.micro_batch, schedule.accumulation
+            ranks = schedule.global_batch // micro // accumulation
             yield (
                 f"{key} is {engine[key]}, but this run needs {value} (global batch {schedule.global_batch} = "
-                f"micro-batch {sizes[0]} x accumulation {sizes[1]} x {schedule.global_batch // sizes[0] // sizes[1]} ranks"
-                "); remove it from the file"
+                f"micro-batch {micro} x accumulation {accumulation} x {ranks} ranks); remove it from the file"
             )
     if _at(engine, "fp16.enabled"):
         yield "fp16 is not supported: its loss scale skips steps by itself; take bf16, or neither for float32"
