@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # What the jobs need to know about your cluster: the one file here that you edit. The scripts beside it source it.
-# Every value may also be set in the shell that submits, for one job.
+# What is written as ${NAME:-...} may also be set in the shell that submits, for one job.
 
 # --- Where the job runs -------------------------------------------------------------------------------------------
 # `bash slurm/pretrain.sh ...` gives itself to sbatch with these (so do evaluate.sh and build_shards.sh).

@@ -300,3 +300,15 @@ def test_starts_that_lead_nowhere_end_and_those_that_get_on_do_not(cluster, tmp_
     job.wait_for("FAILED")
     assert job.shown["Restarts"] == "5" and job.shown["ExitCode"] == "85:0"
     assert "3 starts in a row without a new checkpoint (newest: step-4)" in job.log.read_text()
+
+
+def test_starts_that_slurm_ends_itself_count_too(cluster, made_up_shards, tmp_path):
+    job = submit(cluster, made_up_shards, tmp_path / "run", **container(tmp_path, "exec sleep 600"))
+    for restarts in "123":
+        starts = tmp_path / f"run/logs/{job.id}.starts"
+        job.wait_until(lambda n=int(restarts), path=starts: path.exists() and len(path.read_text().splitlines()) == n)
+        job.slurm("scontrol", "requeue", job.id)
+        job.wait_until(lambda restarts=restarts: job.shown["Restarts"] == restarts)
+        job.start_again()
+    job.wait_for("FAILED")
+    assert job.shown["ExitCode"] == "1:0" and "3 starts in a row without a new checkpoint" in job.log.read_text()
