@@ -195,6 +195,7 @@ def test_a_job_at_its_time_limit_saves_and_goes_on(job, undisturbed, slow_disk):
     assert steps_of(job.run)[-1] < STEPS
     job.wait_for("COMPLETED")
     assert_same(job.run, undisturbed)
+    assert ledger_of(job.run)["steps_done_again"] == 0
 
 
 def test_scontrol_requeue_goes_on(job, undisturbed, slow_disk):
