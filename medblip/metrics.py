@@ -113,7 +113,7 @@ def compare(
     if len(np.unique(truth_N)) < 2:
         return {name: dict.fromkeys(("difference", "ci95", "p_value")) for name in COMPARED}
     once_1N = np.ones((1, len(truth_N)))
-    a, b = _weighted(truth_N, a_NK, once_1N), _weighted(truth_N, b_NK, once_1N)
+    a, b = weighted_scores(truth_N, a_NK, once_1N), weighted_scores(truth_N, b_NK, once_1N)
     draws_a = _redrawn(truth_N, a_NK, subjects, num_draws, seed)
     draws_b = _redrawn(truth_N, b_NK, subjects, num_draws, seed)
     return {
@@ -227,10 +227,10 @@ def _redrawn(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str], num_draws
     names = np.asarray(subjects)
     if any(len(np.unique(names[truth_N == k])) < 2 for k in np.unique(truth_N)):
         return None
-    return _weighted(truth_N, p_NK, draw_weights(truth_N, subjects, num_draws, seed))
+    return weighted_scores(truth_N, p_NK, draw_weights(truth_N, subjects, num_draws, seed))
 
 
-def _weighted(truth_N: NDArray, p_NK: NDArray, weight_DN: NDArray) -> dict[str, NDArray]:
+def weighted_scores(truth_N: NDArray, p_NK: NDArray, weight_DN: NDArray) -> dict[str, NDArray]:
     """SCORED for each row of weights; NaN where a class that occurs in the cohort is lost."""
     num_classes, occurring = p_NK.shape[1], np.unique(truth_N)
     is_true_NK = (truth_N[:, None] == np.arange(num_classes)).astype(np.float64)

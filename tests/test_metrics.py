@@ -9,7 +9,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from medblip.bootstrap import draw_weights
-from medblip.metrics import SCORED, _weighted, age_matched, calibration, compare, score
+from medblip.metrics import SCORED, age_matched, calibration, compare, score, weighted_scores
 
 CLASSES = ["CN", "MCI", "AD"]
 TRUTH = ["CN", "CN", "MCI", "MCI", "AD", "AD"]
@@ -124,7 +124,7 @@ def test_draws_are_what_scikit_learn_says_of_the_redrawn_scans(num_classes):
     truth, p_NK, classes, subjects = made_up(60, num_classes, seed=1)
     truth_N = np.array([classes.index(name) for name in truth])
     weight_DN = draw_weights(truth_N, subjects, 20, seed=5)
-    found = _weighted(truth_N, p_NK, weight_DN)
+    found = weighted_scores(truth_N, p_NK, weight_DN)
     for place, weight_N in enumerate(weight_DN):
         rows = np.repeat(np.arange(60), weight_N.astype(int))
         told_N, scores = p_NK[rows].argmax(axis=1), p_NK[rows] if num_classes == 3 else p_NK[rows, 1]
