@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,7 @@ class Sample(NamedTuple):
     diagnosis: str | None
     fingerprint: str = ""
     weight: float = 1.0  # in the language loss; see losses.py
+    record_crc32: int | None = None  # of KEY.json; shards of older builds have none
 
     @property
     def num_voxels(self) -> int:
@@ -145,6 +147,7 @@ def _samples_of(entries: list[dict], shard: int) -> list[Sample]:
             entry["subject"],
             entry["diagnosis"],
             entry["fingerprint"],
+            record_crc32=entry.get("record_crc32"),
         )
         for entry in entries
     ]
@@ -186,9 +189,16 @@ class Reader:
             self._file(shard)
 
     def record(self, sample: Sample) -> dict:
-        """The sample's KEY.json."""
+        """The sample's KEY.json.
+
+        Raises:
+            ValueError: if it is not what was packed.
+        """
         offset, size = sample.record
-        return json.loads(os.pread(self._file(sample.shard).result(), size, offset), parse_constant=_refuse)
+        content = os.pread(self._file(sample.shard).result(), size, offset)
+        if sample.record_crc32 is not None and zlib.crc32(content) != sample.record_crc32:
+            raise ValueError(f"{self.index.shards[sample.shard]}: the record of {sample.key} is damaged")
+        return json.loads(content, parse_constant=_refuse)
 
     def volumes(self, samples: list[Sample], flat: np.ndarray) -> None:
         """Fills `flat` (uint8) with the samples' voxels, one after the other.

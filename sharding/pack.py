@@ -3,6 +3,7 @@
 A sample is two members, `KEY.json` (what is known of the scan, without ids, dates or paths) and `KEY.vol` (the voxels).
 """
 
+import zlib
 from collections.abc import Callable
 
 import webdataset as wds
@@ -83,10 +84,11 @@ def _write_tar(temporary, packing, shard, deadly, starting) -> tuple[dict[str, d
                 )
                 continue
             voxels = prepared.volume_XYZ.tobytes()
+            record = to_json(_record(scan, prepared, packing))
             writer.write(
                 {
                     "__key__": scan.key,
-                    "json": to_json(_record(scan, prepared, packing)),
+                    "json": record,
                     "vol": encode(voxels, packing.codec),
                 }
             )
@@ -99,6 +101,7 @@ def _write_tar(temporary, packing, shard, deadly, starting) -> tuple[dict[str, d
                 "subject": scan.subject_key,
                 "diagnosis": scan.diagnosis,
                 "fingerprint": fingerprint(voxels),
+                "record_crc32": zlib.crc32(record),
             }
         starting(None, len(shard.scans), len(rejected))
         writer.close()

@@ -425,7 +425,10 @@ def test_a_sample_of_the_index_is_what_the_shard_says(shards):
     by_key = {s["key"]: s for shard in content["shards"] for s in shard["samples"]}
     for found in ShardIndex(shards).samples("train"):
         assert dict(found._asdict(), shard=None) == {
-            **{name: by_key[found.key][name] for name in ("key", "cohort", "subject", "diagnosis", "fingerprint")},
+            **{
+                name: by_key[found.key][name]
+                for name in ("key", "cohort", "subject", "diagnosis", "fingerprint", "record_crc32")
+            },
             **{name: tuple(by_key[found.key][name]) for name in ("volume", "record", "shape", "pad_before")},
             "shard": None,
             "weight": 1.0,

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,9 @@ def write_shards(folder: Path, codec: str, num_shards: int, per_shard: int = 2) 
                 volume = np.random.default_rng([number, row]).integers(0, 40, SHAPE, np.uint8)
                 key = f"{number:08x}{row:08x}"
                 places = {}
+                record = json.dumps({"key": key, "age_years": 71}).encode()
                 for member, content in (
-                    ("record", json.dumps({"key": key}).encode()),
+                    ("record", record),
                     ("volume", encode(volume.tobytes(), codec)),
                 ):
                     info = tarfile.TarInfo(f"{key}.{member}")
@@ -37,7 +39,8 @@ def write_shards(folder: Path, codec: str, num_shards: int, per_shard: int = 2) 
                     archive.addfile(info, io.BytesIO(content))
                 samples.append(
                     {"key": key, "shape": SHAPE, "pad_before": [0, 0, 0], "cohort": "C", "subject": key}
-                    | {"diagnosis": None, "fingerprint": fingerprint(volume.tobytes()), **places}
+                    | {"diagnosis": None, "fingerprint": fingerprint(volume.tobytes())}
+                    | {"record_crc32": zlib.crc32(record), **places}
                 )
                 volumes.append(volume)
         entries.append({"name": path.name, "split": "train", "bytes": path.stat().st_size, "samples": samples})
@@ -116,6 +119,23 @@ def test_every_flipped_bit_of_a_volume_is_found(tmp_path, codec):
             except ValueError as error:
                 assert f"train-00000.tar: sample {sample.key} " in str(error)
             reader.close()
+
+
+def test_every_flipped_bit_of_a_record_is_found_also_where_it_still_is_json(tmp_path):
+    write_shards(tmp_path / "shards", "raw", 1, per_shard=1)
+    index = ShardIndex(tmp_path / "shards")
+    (sample,) = index.samples("train")
+    offset, size = sample.record
+    content = bytearray(index.shards[0].read_bytes())
+    reader = Reader(index, 1)
+    assert reader.record(sample)["age_years"] == 71
+    for place in range(size):
+        altered = content.copy()
+        altered[offset + place] ^= 2
+        index.shards[0].write_bytes(altered)
+        with pytest.raises(ValueError, match=f"train-00000.tar: the record of {sample.key} is damaged"):
+            reader.record(sample)
+    reader.close()
 
 
 @pytest.mark.parametrize("codec", ["zstd", "raw"])

@@ -11,6 +11,7 @@ import fnmatch
 import functools
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from faults import cells, inputs, launchers, planted, soak, table, worlds
@@ -62,6 +63,8 @@ def run_part(part: str, options: argparse.Namespace, bench: Bench) -> None:
         return
     if part == "matrix":
         cases, play = cells.matrix(options.seed), functools.partial(cells.play, bench)
+        if any(cells.layout_of(case) == cells.VALIDATED for case in chosen(cases, options)):
+            bench.undisturbed(cells.VALIDATED)
     elif part == "launchers":
         cases, play = launchers.all_launched(options.seed), functools.partial(launchers.play, bench)
     elif part == "inputs":
@@ -73,8 +76,12 @@ def run_part(part: str, options: argparse.Namespace, bench: Bench) -> None:
         cases, play = worlds.WAYS, functools.partial(worlds.play, bench)
     elif part == "planted":
         cases, play = planted.PLANTS, functools.partial(planted.play, bench)
-    cases = [case for case in cases if any(fnmatch.fnmatch(case.name, p) for p in options.only)][: options.cells]
-    table.in_lanes(part, cases, play, options.lanes, folder)
+    table.in_lanes(part, chosen(cases, options), play, options.lanes, folder)
+
+
+def chosen(cases: Sequence, options: argparse.Namespace) -> list:
+    """The cases that were asked for."""
+    return [case for case in cases if any(fnmatch.fnmatch(case.name, p) for p in options.only)][: options.cells]
 
 
 if __name__ == "__main__":

@@ -16,12 +16,15 @@ from faults.same import differences, redone
 from faults.table import Outcome
 
 LAYOUT = Layout()
+VALIDATED = Layout(validate_every=4)
+"""The layout of the cells whose fault comes during evaluation."""
 TARGETS = {"rank 0": (0,), "another": (1,), "all": (0, 1)}
 AT_STEP = {
     **dict.fromkeys(inject.STEP, (4, 5, 7, 8)),
     **dict.fromkeys(inject.SAVE, (3, 6, 9)),
     "epoch edge": (2, 4),  # a batch with samples of two epochs, and the first of an epoch: 6 samples, 4 a step
     "prune": (9,),
+    "evaluation": (4, 8),
     "last save": (STEPS,),
 }
 CAN_BE_DONE = ("last save", "leaving")
@@ -86,7 +89,7 @@ class Bench:
     def undisturbed(self, layout: Layout) -> tuple[Path, Path]:
         """Folder of the run that nothing happened to, and of its notes; trained when first asked for."""
         if layout not in self._undisturbed:
-            folder = self.new_folder(f"undisturbed-{layout.engine}-{layout.world}")
+            folder = self.new_folder(f"undisturbed-{layout.engine}-{layout.world}-{layout.validate_every}")
             begun = start(command(self.shards, folder / "run", layout), layout, folder / "start-0")
             assert begun.codes == [0] * layout.world, begun.log
             self._undisturbed[layout] = folder / "run", folder / "start-0"
@@ -102,19 +105,25 @@ class Bench:
         return differences(run, notes, self.undisturbed(layout)[0], [self.undisturbed(layout)[1]])
 
 
+def layout_of(cell: Cell) -> Layout:
+    """The layout of the runs of a cell."""
+    return VALIDATED if cell.fault.point in inject.EVALUATION else LAYOUT
+
+
 def play(bench: Bench, cell: Cell, number: int) -> Outcome:
     """Starts the run with the fault, then the same command again, without it, until it is done; checks everything."""
     outcome = Outcome(f"matrix: {cell.fault.kind}", cell.name)
     folder = bench.new_folder(f"cell-{number:03d}")
     fault = cell.fault
+    layout = layout_of(cell)
     timeout_s = HANG_TIMEOUT_S if fault.kind == "SIGSTOP" else TIMEOUT_S
-    arguments = command(bench.shards, folder / "run", LAYOUT, timeout_s=timeout_s)
+    arguments = command(bench.shards, folder / "run", layout, timeout_s=timeout_s)
     faults = [fault, None]
     if fault.point in inject.LOAD:  # it takes a run that has a checkpoint
         faults = [Fault("SIGTERM", "forward", 5, 0, (0,)), *faults]
     starts: list[Start] = []
     for number, of_start in enumerate(faults):
-        starts.append(start(arguments, LAYOUT, folder / f"start-{number}", of_start))
+        starts.append(start(arguments, layout, folder / f"start-{number}", of_start))
         if of_start is fault:
             outcome.wrong += judge(cell, starts[-1], timeout_s)
             outcome.detected_s = detection(starts[-1], fault)
@@ -124,21 +133,21 @@ def play(bench: Bench, cell: Cell, number: int) -> Outcome:
     outcome.wrong += [
         f"a checkpoint was damaged:\n{again.log[-1000:]}" for again in starts if "not used: " in again.log
     ]
-    end(bench, outcome, folder, starts)
+    end(bench, outcome, folder, starts, layout)
     return outcome
 
 
-def end(bench: Bench, outcome: Outcome, folder: Path, starts: list[Start], keep: bool = False) -> None:
+def end(bench: Bench, outcome: Outcome, folder: Path, starts: list[Start], layout: Layout = LAYOUT) -> None:
     """The end of every case: the last start ended well, and the run is the undisturbed one; then its folder goes."""
     if any(starts[-1].codes):
         outcome.wrong.append(f"the last start ended with {starts[-1].codes}:\n{starts[-1].log[-2000:]}")
     else:
         notes = [folder / f"start-{number}" for number in range(len(starts))]
-        outcome.wrong += bench.compare(folder / "run", notes, LAYOUT)
+        outcome.wrong += bench.compare(folder / "run", notes, layout)
         outcome.steps_redone = redone(folder / "run")
         outcome.restarted_s = first_step(notes[-1], starts[-1])
-    if not outcome.wrong and not keep:
-        shutil.rmtree(folder)
+    if not outcome.wrong:
+        shutil.rmtree(folder, ignore_errors=True)  # it may be a file system of its own
 
 
 def detection(begun: Start, fault: Fault) -> float | None:
@@ -182,7 +191,9 @@ def judge(cell: Cell, begun: Start, timeout_s: float) -> list[str]:
 def expected(fault: Fault, rank: int) -> set[int]:
     """The exit codes that docs/training.md promises a rank when this fault happens."""
     is_target = rank in fault.targets
-    can_be_done = {0} if fault.point in CAN_BE_DONE else set()
+    # The last step is trained while the checkpoint before it is written.
+    is_at_end = fault.point in CAN_BE_DONE or (fault.point in inject.IN_THE_WRITER and fault.step >= STEPS - 1)
+    can_be_done = {0} if is_at_end else set()
     if fault.kind in ("SIGKILL", "SIGSTOP"):
         if is_target:
             return {-9}

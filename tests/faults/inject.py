@@ -43,9 +43,10 @@ SAVE = (
     "save: after latest",
 )
 PRUNE = ("prune",)
+EVALUATION = ("evaluation",)
 LOAD = ("load: search", "load: weights", "load: engine", "load: ledger")
 END = ("last save", "leaving")
-POINTS = (*START_UP, *STEP, *SAVE, *PRUNE, *LOAD, *END)
+POINTS = (*START_UP, *STEP, *SAVE, *PRUNE, *EVALUATION, *LOAD, *END)
 
 ONLY_RANK_0 = {"metrics", "load: search", "load: ledger", "leaving", *SAVE[1:], *PRUNE, "last save"}
 """Points to which only rank 0 comes; what happens there can still happen to the others."""
@@ -135,7 +136,7 @@ def install(fault: Fault, rank: int, folder: Path) -> Injector:
     import deepspeed
 
     import train
-    from medblip import checkpoint, data, distributed, ledger, lines, model, optim, progress
+    from medblip import checkpoint, data, distributed, ledger, lines, model, optim, progress, validation
 
     injector = Injector(fault, rank, folder)
     point = fault.point
@@ -254,6 +255,8 @@ def install(fault: Fault, rank: int, folder: Path) -> Injector:
             return real_rmtree(path, *rest, **named)
 
         checkpoint.shutil.rmtree = half_gone
+    elif point == "evaluation":  # in its midst: the images are encoded, the answers are not scored
+        before(validation, "measure", in_step)
     elif point == "load: search":
         before(checkpoint, "newest_whole", at_start)
     elif point == "load: weights":

@@ -346,7 +346,7 @@ def storage_cases() -> list[Case]:
         ),
         Case(
             row,
-            "a file system that turns read-only",
+            "checkpoints on a file system that turns read-only",
             ("could not be written", "Read-only file system", *goes_on),
             code=86,
             is_fresh=True,
@@ -439,7 +439,9 @@ def _turn_read_only(rank: int) -> None:
 
     def turn(run, tensors, state):
         if state["step"] == 6:
-            subprocess.run(["mount", "-o", "remount,ro", str(run.parent)], check=True)
+            folder = str(run / "checkpoints")
+            subprocess.run(["mount", "--bind", folder, folder], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 
     if rank == 0:
         before(checkpoint, "write_folder", turn)
@@ -491,15 +493,17 @@ def play(bench: Bench, begun: tuple[Path, Path], case: Case, number: int) -> Out
             outcome.wrong.append("a run that was refused changed its checkpoints")
         starts = [first, first]
         if case.is_again:
-            if case.mount:
-                subprocess.run(["mount", "-o", "remount,rw,size=400m", str(run.parent)], check=True)
+            if case.mount:  # the disk is mended
+                subprocess.run(["umount", str(run / "checkpoints")], capture_output=True)
+                subprocess.run(["mount", "-o", "remount,size=400m", str(run.parent)], check=True)
             starts.append(start(arguments, LAYOUT, folder / "start-2"))
         if case.then:
             outcome.wrong += case.then(run)
         elif (case.code == 0 or case.is_again) and not outcome.wrong:
-            end(bench, outcome, folder, starts, keep=bool(case.mount))
+            end(bench, outcome, folder, starts)
     finally:
         if case.mount:
+            subprocess.run(["umount", "-l", str(run / "checkpoints")], capture_output=True)
             subprocess.run(["umount", "-l", str(run.parent)], check=True)
     if not outcome.wrong:
         shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ second where a bare start takes ten. `start_launched` starts them through the re
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import os
@@ -38,6 +39,8 @@ class Layout:
     world: int = 2
     engine: str = "zero2_fp32"
     micro_batch: int | None = 1
+    validate_every: int = 0
+    """A run that is scored on the split val while it trains; it also saves what is best."""
 
 
 @dataclass
@@ -80,7 +83,7 @@ PRELOADED = (
     "transformers.models.auto.modeling_auto", "huggingface_hub", "tokenizers", "tqdm", "torch._dynamo",
     *(f"medblip.{name}" for name in (
         "checkpoint", "data", "distributed", "failure", "language", "ledger", "losses", "model", "optim", "preview",
-        "progress", "qformer", "shards", "stopping", "tally", "towers", "vision", "watch", "words",
+        "progress", "qformer", "shards", "stopping", "tally", "towers", "validation", "vision", "watch", "words",
     )),
 )  # fmt: skip
 
@@ -98,6 +101,7 @@ def command(
     words = ["--deepspeed_config", ROOT / f"ds_configs/{layout.engine}.json", "--data", shards, "--run", run]
     words += ["--steps", steps, "--checkpoint-every", checkpoint_every, "--global-batch", GLOBAL_BATCH]
     words += ["--micro-batch", layout.micro_batch] if layout.micro_batch else []
+    words += ["--validate-every", layout.validate_every] if layout.validate_every else []
     words += ["--step-timeout-s", timeout_s, "--read-threads", 1, *options]
     return [str(word) for word in words]
 
@@ -220,16 +224,25 @@ def free_port() -> int:
 
 
 def make_shards(folder: Path) -> Path:
-    """Shards of six made-up patients at 32^3, two a shard: one and a half steps an epoch."""
+    """Shards of made-up patients at 32^3, two a shard: six to train on, one and a half steps an epoch, four in val."""
     shards = folder / "shards"
     if not (shards / "index.json").exists():
-        for words in (
-            f"sharding.madeup --out {folder}/release --subjects 6 --workers 1",
-            f"sharding.build --manifest {folder}/release/manifest.csv --out {shards} --size 32 --spacing-mm 7 "
-            "--shard-samples 2",
-        ):
-            subprocess.run([sys.executable, "-m", *words.split()], cwd=ROOT, check=True, capture_output=True)
+        _run(f"sharding.madeup --out {folder}/release --subjects 10 --workers 1")
+        manifest = folder / "release/manifest.csv"
+        with open(manifest, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for number, row in enumerate(rows):
+            row["split"] = "train" if number < 6 else "val"
+        with open(manifest, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        _run(f"sharding.build --manifest {manifest} --out {shards} --size 32 --spacing-mm 7 --shard-samples 2")
     return shards
+
+
+def _run(words: str) -> None:
+    subprocess.run([sys.executable, "-m", *words.split()], cwd=ROOT, check=True, capture_output=True)
 
 
 def middle(values: Sequence[float]) -> float:

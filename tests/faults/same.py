@@ -41,6 +41,11 @@ def differences(run: Path, notes: list[Path], undisturbed: Path, notes_undisturb
             found.append(f"{name} is there in only one of both")
         elif (one / name).read_bytes() != (other / name).read_bytes():
             found.append(f"{last}/{name} differs")
+    best = [
+        (folder / "best.json").read_text() if (folder / "best.json").exists() else "" for folder in (run, undisturbed)
+    ]
+    if best[0] != best[1]:
+        found.append(f"best.json differs: {best}")
     if _metrics(run) != _metrics(undisturbed):
         found.append("metrics.jsonl differs")
     if _steps(notes) != _steps(notes_undisturbed):
@@ -59,6 +64,10 @@ def differences(run: Path, notes: list[Path], undisturbed: Path, notes_undisturb
 def redone(run: Path) -> int:
     """Steps that were done again, by the ledger."""
     return ledger.compare(run)["steps_done_again"]
+
+
+def _best(run: Path) -> str:
+    return (run / "best.json").read_text() if (run / "best.json").exists() else "none"
 
 
 def _metrics(run: Path) -> list[dict]:
