@@ -12,13 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medblip.asking import Scan
-from medblip.metrics import score
+from medblip.metrics import age_matched, compare, score
 from medblip.text import DIAGNOSIS_ANSWERS
 
 WITHOUT_SHUFFLING = ("image", "text", "both")
 """Arms that are looked at in subgroups, and by one scan per subject."""
 
-SCORES = ("balanced_accuracy", "macro_auc", "macro_f1", "recall", "confusion", "ci95")
+COMPARED = (
+    ("both", "text"),
+    ("both", "image"),
+    ("image", "shuffled_image"),
+    ("both", "both_shuffled"),
+)
+"""Pairs of arms that are compared scan by scan."""
 
 
 class Prediction(NamedTuple):
@@ -56,6 +62,11 @@ def by_arm(predictions: list[Prediction]) -> dict[str, list[Prediction]]:
     }
 
 
+def scans_of(predictions: list[Prediction]) -> list[Scan]:
+    """The different scans, in the order in which each arm has them."""
+    return list({row.scan.sample.key: row.scan for row in predictions}.values())
+
+
 def score_arms(predictions: list[Prediction], draws: Draws) -> dict[str, dict[str, Any]]:
     """The scores of each arm."""
     return {name: score_some(rows, draws) for name, rows in by_arm(predictions).items()}
@@ -64,16 +75,10 @@ def score_arms(predictions: list[Prediction], draws: Draws) -> dict[str, dict[st
 def score_some(rows: list[Prediction], draws: Draws) -> dict[str, Any]:
     """The scores of one arm, or of a part of it; None where it has a single class."""
     samples = [row.scan.sample for row in rows]
-    classes = classes_of(sample.diagnosis for sample in samples)
-    entry = {
-        "n_subjects": len({sample.subject for sample in samples}),
-        "n_scans": len({sample.key for sample in samples}),
-        "classes": classes,
-    }
-    if len(classes) == 1:
-        return entry | dict.fromkeys(SCORES)
     truth, subjects = [sample.diagnosis for sample in samples], [sample.subject for sample in samples]
-    return score(truth, _matrix(rows, classes), classes, subjects, draws.number, draws.seed) | entry
+    classes = classes_of(truth)
+    found = score(truth, _matrix(rows, classes), classes, subjects, draws.number, draws.seed)
+    return found | {"n_scans": len({sample.key for sample in samples})}  # a shuffled arm has each several times
 
 
 def score_subgroups(predictions: list[Prediction], draws: Draws) -> dict[str, dict[str, Any]]:
@@ -98,6 +103,46 @@ def score_one_scan_per_subject(predictions: list[Prediction], draws: Draws) -> d
             for row in sorted(rows, key=lambda row: row.scan.sample.key):
                 first.setdefault(row.scan.sample.subject, row)
             entries[name] = _brief(score_some(list(first.values()), draws))
+    return entries
+
+
+def compare_arms(predictions: list[Prediction], draws: Draws) -> list[dict[str, Any]]:
+    """The paired differences of COMPARED, as far as both were asked.
+
+    Args:
+        predictions: of one cohort.
+        draws: of the bootstrap.
+    """
+    arms = by_arm(predictions)
+    samples = [scan.sample for scan in scans_of(predictions)]
+    classes = classes_of(sample.diagnosis for sample in samples)
+    found: list[dict[str, Any]] = []
+    if len(classes) == 1:
+        return found
+    p_NK = {name: _matrix(rows, classes) for name, rows in arms.items()}
+    for a, b in COMPARED:
+        if a in p_NK and b in p_NK:
+            rounds = max(len(p_NK[a]), len(p_NK[b])) // len(samples)  # of a shuffled arm
+            a_NK, b_NK = (np.tile(p_NK[name], (rounds * len(samples) // len(p_NK[name]), 1)) for name in (a, b))
+            truth, subjects = [s.diagnosis for s in samples] * rounds, [s.subject for s in samples] * rounds
+            differences = compare(truth, a_NK, b_NK, classes, subjects, draws.number, draws.seed)
+            found += [{"a": a, "b": b, "metric": metric, **entry} for metric, entry in differences.items()]
+    return found
+
+
+def match_ages(predictions: list[Prediction], draws: Draws) -> dict[str, dict[str, Any]]:
+    """The AUC of each arm between subjects of an age, as far as there are such; AD against CN where three classes."""
+    entries = {}
+    for name, rows in by_arm(predictions).items():
+        rows = [row for row in rows if row.scan.fields.get("age_years") is not None]
+        classes = classes_of(row.scan.sample.diagnosis for row in rows)
+        if name in WITHOUT_SHUFFLING and len(classes) > 1:
+            samples = [row.scan.sample for row in rows]
+            truth, subjects = [s.diagnosis for s in samples], [s.subject for s in samples]
+            ages = [row.scan.fields["age_years"] for row in rows]
+            entry = age_matched(truth, _matrix(rows, classes), classes, ages, subjects, draws.number, draws.seed)
+            if entry is not None:
+                entries[name] = entry
     return entries
 
 

@@ -67,6 +67,8 @@ class EvaluateOptions:
     """What the model reads: the scan, the record, both, another subject's scan or a blank one."""
     rule: Literal["val"] | RuleName = "val"
     """How the likelihoods of the answers are compared. val: as is best on the split val of the same shards."""
+    vqa_scans: int = 100
+    """Scans of each cohort that are also asked other questions (age, sex, ...), without the record; 0: none."""
     batch: int = 8
     """Scans at a time, on each rank."""
     bootstrap: int = 1000
@@ -79,6 +81,8 @@ class EvaluateOptions:
             raise ValueError(f"--arms needs names that differ, out of {', '.join(ARMS)}; not {self.arms}")
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, not {self.batch}")
+        if self.vqa_scans < 0:
+            raise ValueError(f"--vqa-scans must not be negative, not {self.vqa_scans}")
         if self.bootstrap < 1000:
             raise ValueError(f"--bootstrap must be at least 1000, not {self.bootstrap}: fewer draws give no interval")
 
@@ -97,6 +101,7 @@ def evaluate(options: EvaluateOptions) -> int:
     from medblip.report import plain_table, write_report
     from medblip.shards import Reader, ShardIndex
     from medblip.share import Crew
+    from medblip.vqa import ask_questions
 
     rank = join_launched()
     crew = Crew(rank, Control(rank))
@@ -128,12 +133,14 @@ def evaluate(options: EvaluateOptions) -> int:
     else:
         rule, scores = rule_on_validation(interview, list(range(len(rule_samples))), options)
         rule_entry = {"chosen_on": "val", "scores": scores}
-    cohorts, predictions = {}, []
+    cohorts, vqa, draws = {}, {}, Draws(options.bootstrap, options.seed)
     for cohort in sorted({sample.cohort for sample in samples}):
         rows = [len(rule_samples) + row for row, sample in enumerate(samples) if sample.cohort == cohort]
         cohorts[cohort], more_notes = ask_cohort(interview, rows, rule, options)
         notes += [f"{cohort}: {note}" for note in more_notes]
-        predictions += cohorts[cohort]
+        if options.vqa_scans:
+            some = sorted(rows, key=lambda row: interview.scans[row].sample.key)[: options.vqa_scans]
+            vqa[cohort] = ask_questions(interview, some, rule, draws)
     if not rank.is_main:
         return 0
     for note in notes:
@@ -145,7 +152,8 @@ def evaluate(options: EvaluateOptions) -> int:
         "ehr": tier,
         "arms": {name: ARMS[name]._asdict() for name in options.arms},
         "rule": rule._asdict() | rule_entry,
-        **analyse(cohorts, Draws(options.bootstrap, options.seed)),
+        **analyse(cohorts, draws),
+        "vqa": vqa,
         "trained_on": assistant.trained_on,
         "counts": {"scans": len(everyone), "without_diagnosis": len(everyone) - len(samples), "scored": len(samples)},
         "notes": notes,
@@ -158,7 +166,7 @@ def evaluate(options: EvaluateOptions) -> int:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     report["worst"] = draw_worst(index, cohorts, options, out)
-    _write_predictions(out / "predictions.csv", predictions)
+    _write_predictions(out / "predictions.csv", [found for some in cohorts.values() for found in some])
     write_report(out, without_nan(report))
     print(plain_table(report))
     print(f"\nwritten to {out}/; begin with report.md")
@@ -242,12 +250,16 @@ def ask_cohort(
 
 def analyse(cohorts: dict[str, list[Prediction]], draws: Draws) -> dict[str, Any]:
     """The report's entries about the predictions, cohort by cohort."""
-    from medblip.analysis import score_arms, score_one_scan_per_subject, score_subgroups
+    from medblip import analysis
 
     return {
-        "cohorts": {name: score_arms(found, draws) for name, found in cohorts.items()},
-        "subgroups": {name: score_subgroups(found, draws) for name, found in cohorts.items()},
-        "one_scan_per_subject": {name: score_one_scan_per_subject(found, draws) for name, found in cohorts.items()},
+        "cohorts": {name: analysis.score_arms(found, draws) for name, found in cohorts.items()},
+        "comparisons": {name: analysis.compare_arms(found, draws) for name, found in cohorts.items()},
+        "subgroups": {name: analysis.score_subgroups(found, draws) for name, found in cohorts.items()},
+        "age_matched": {name: analysis.match_ages(found, draws) for name, found in cohorts.items()},
+        "one_scan_per_subject": {
+            name: analysis.score_one_scan_per_subject(found, draws) for name, found in cohorts.items()
+        },
     }
 
 

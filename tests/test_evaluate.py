@@ -123,6 +123,13 @@ def test_report_holds_every_cohort_by_itself_and_no_word_of_a_record(everything)
     assert set(report["subgroups"]["THREE"]["image"]) == {"sex F", "age 60-69", "age 70-79"}
     assert report["subgroups"]["THREE"]["image"]["sex F"]["n_scans"] == 9
     assert report["one_scan_per_subject"]["THREE"]["both"]["n_scans"] == 5
+    compared = [(entry["a"], entry["b"], entry["metric"]) for entry in report["comparisons"]["THREE"]]
+    assert ("both", "text", "balanced_accuracy") in compared and ("image", "shuffled_image", "macro_auc") in compared
+    assert report["comparisons"]["ONE"] == []
+    for entry in report["comparisons"]["TWO"]:
+        if entry["b"] in two:
+            expected = two[entry["a"]][entry["metric"]] - two[entry["b"]][entry["metric"]]
+            assert entry["difference"] == pytest.approx(expected, abs=1e-9)
     for told in (
         "1 of 16 scans have no diagnosis",
         "ONE: only AD occurs",
@@ -133,6 +140,20 @@ def test_report_holds_every_cohort_by_itself_and_no_word_of_a_record(everything)
         assert any(note.startswith(told) for note in report["notes"]) and told in stderr
         assert told in files["report.md"].decode()
     assert "THREE" in stdout and "chance" in stdout and str(out) in stdout
+
+
+def test_every_kind_of_question_that_is_known_is_asked_with_three_images(everything):
+    out, *_ = everything
+    vqa = json.loads((out / "report.json").read_text())["vqa"]
+    assert set(vqa["THREE"]) == {"own scan", "question only", "another subject's scan"}
+    assert set(vqa["ONE"]) == {"own scan", "question only"}  # nobody else's scan
+    for kinds in vqa["THREE"].values():
+        assert set(kinds) == {"diagnosis", "demented", "age", "sex", "extent"}
+        assert {kind: scores["n"] for kind, scores in kinds.items()} == dict.fromkeys(kinds, 9)
+        assert kinds["sex"]["majority_accuracy"] == 1 and 0 <= kinds["sex"]["accuracy_by_likelihood"] <= 1
+        assert {"mae", "within_tolerance"} <= kinds["age"].keys() and {"token_f1", "bleu4"} <= kinds["extent"].keys()
+    only = vqa["THREE"]["question only"]["diagnosis"]  # one answer for all: right a third of the time, or never
+    assert only["accuracy"] in (0, pytest.approx(1 / 3)) and only["accuracy_by_likelihood"] == pytest.approx(1 / 3)
 
 
 def test_worst_mistakes_are_wrong_and_have_a_picture_each(everything):

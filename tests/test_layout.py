@@ -27,7 +27,7 @@ LAYERS = [
     ["inference", "failure"],
     ["metrics", "answers", "baselines", "pictures", "report", "explain", "asking"],
     ["analysis"],
-    ["validation"],
+    ["validation", "vqa"],
     ["ask", "evaluate", "compare", "serve", "export", "plan", "fetch"],
     ["demo", "doctor"],
     ["cli", "__init__", "__main__"],
