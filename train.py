@@ -70,6 +70,7 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     from medblip import checkpoint, ledger
     from medblip.data import Loader, SampleStream
     from medblip.distributed import Control, barrier, log, set_timeouts
+    from medblip.doctor import check
     from medblip.losses import balance
     from medblip.model import MedBLIP
     from medblip.optim import GradientCheck, build_optimizer, set_learning_rate
@@ -84,6 +85,8 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
 
     run = Path(config.run)
     held = lock(run) if rank.is_main and not config.dry_run else None  # noqa: F841 - held until the process ends
+    control = Control(rank)
+    check(config, rank, control)
     index = ShardIndex(config.data)
     samples = balance(index.samples("train"), config.balance_classes, config.balance_subjects)
     config = keep_schedule(run, config, rank.world)
@@ -109,7 +112,6 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
     if config.dry_run:
         return dry_run(config.dry_run, load_from(0), index.grid_size, words, config.seed, run) if rank.is_main else 0
 
-    control = Control(rank)
     status = Status(run, rank, schedule.steps)
     if rank.is_main:
         stopping.watch_file(run)

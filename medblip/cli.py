@@ -15,6 +15,7 @@ import tyro
 from medblip import __version__
 from medblip.ask import AskOptions, ask
 from medblip.demo import DemoOptions, demo
+from medblip.doctor import DoctorOptions, doctor
 from medblip.evaluate import EvaluateOptions, evaluate
 from medblip.fetch import FetchOptions, fetch
 from medblip.ledger import LedgerOptions, ledger
@@ -31,6 +32,7 @@ COMMANDS = {
     FetchOptions: fetch,
     PlanOptions: plan,
     LedgerOptions: ledger,
+    DoctorOptions: doctor,
     DemoOptions: demo,
 }
 

@@ -1,0 +1,167 @@
+"""`medblip doctor` finds what would stop a job, all of it at once; train.py asks the same before it builds anything."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from medblip import doctor
+from medblip.config import TrainConfig
+from medblip.doctor import FAIL, OK, WARNING, Finding
+from medblip.progress import lock
+
+
+@pytest.fixture
+def job(made_up_shards, tmp_path) -> TrainConfig:
+    """A job that nothing is wrong with."""
+    return TrainConfig(
+        data=str(made_up_shards),
+        run=str(tmp_path / "run"),
+        deepspeed_config=str(ROOT / "ds_configs/zero2_fp32.json"),
+        global_batch=4,
+        micro_batch=2,
+    )
+
+
+def examine(config: TrainConfig, ranks: int = 1) -> dict[str, list[Finding]]:
+    found: dict[str, list[Finding]] = {}
+    for finding in doctor.examine(config, ranks, is_ours=True):
+        found.setdefault(finding.about, []).append(finding)
+    return found
+
+
+def faults(config: TrainConfig, ranks: int = 1) -> str:
+    findings = doctor.examine(config, ranks, is_ours=True)
+    return "\n".join(f"{f.about}: {f.found}: {f.advice}" for f in findings if f.state == FAIL)
+
+
+def test_nothing_is_wrong_with_a_good_job(job):
+    found = examine(job)
+    assert not faults(job)
+    assert {"device", "shards", "batches", "DeepSpeed config", "run folder", "disk", "network"} <= found.keys()
+    assert "global batch 4 = micro-batch 2 x accumulation 2 x 1 ranks" in found["batches"][0].found
+
+
+def test_all_faults_are_told_at_once(job, tmp_path):
+    engine = tmp_path / "engine.json"
+    engine.write_text('{"zero_optimization": {"stagge": 2}}')
+    wrong = dataclasses.replace(job, deepspeed_config=str(engine), patch_edge=20, lm=str(tmp_path / "nowhere"))
+    told = faults(wrong)
+    assert "unknown key 'stagge'; did you mean 'stage'" in told
+    assert "volumes of 48 voxels are not divided by patches of 20" in told
+    assert "nowhere: no such folder" in told
+
+
+def test_a_shard_of_another_size_is_named(job, tmp_path):
+    shards = tmp_path / "shards"
+    shutil.copytree(job.data, shards)
+    with open(shards / "train-00000.tar", "ab") as file:
+        file.write(b"\0")
+    assert "train-00000.tar" in faults(dataclasses.replace(job, data=str(shards)))
+
+
+def test_batches_that_the_ranks_do_not_divide_are_refused(job):
+    assert "--global-batch 4 is not a multiple of the 3 ranks" in faults(job, ranks=3)
+
+
+def test_a_full_disk_is_told_before_the_first_checkpoint(job, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    told = faults(job)
+    assert "disk: 0.0 GB free, checkpoints of" in told and "--keep-checkpoints" in told
+
+
+def test_a_run_folder_that_cannot_be_written_is_told(job, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "run folder" in faults(dataclasses.replace(job, run=str(tmp_path / "file/run")))
+
+
+def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(job, monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDBLIP_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HOME", raising=False)
+    told = faults(dataclasses.replace(job, preset="biomedlm", patch_edge=16))
+    assert told.count("medblip fetch --preset biomedlm") == 3
+
+
+def test_half_a_checkpoint_is_found_without_loading_it(job, tmp_path):
+    folder = tmp_path / "lm"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    weights = {"weight_map": {"wte.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+    assert "model-00002-of-00002.safetensors" in faults(dataclasses.replace(job, lm=str(folder)))
+
+
+def test_what_needs_a_network_is_said(job):
+    [network] = examine(dataclasses.replace(job, wandb="project"))["network"]
+    assert network.state == WARNING and "WANDB_MODE=offline" in network.found
+    assert examine(job)["network"][0].state == OK
+
+
+def test_nvme_offload_needs_libaio_and_a_folder_that_can_be_written(job, tmp_path, monkeypatch):
+    engine = json.loads((ROOT / "ds_configs/zero3_nvme.json").read_text())
+    (tmp_path / "file").write_text("")
+    engine["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path / "file")
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    assert "NVMe offload" in faults(dataclasses.replace(job, deepspeed_config=str(tmp_path / "engine.json")))
+    engine["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path)
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    monkeypatch.setattr(doctor, "LIBAIO_HEADERS", (str(tmp_path / "libaio.h"),))
+    told = faults(dataclasses.replace(job, deepspeed_config=str(tmp_path / "engine.json")))
+    assert "libaio.h" in told and "apt-get install libaio-dev" in told
+
+
+def test_too_few_open_files_and_too_little_shared_memory_are_warned_of(job, monkeypatch):
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (256, 4096))
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64 << 20))
+    found = examine(job, ranks=2)
+    assert found["open files"][0].state == WARNING and "ulimit" in found["open files"][0].advice
+    assert found["/dev/shm"][0].state == WARNING and "shm-size" in found["/dev/shm"][0].advice
+
+
+def doctor_command(*options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "medblip.cli", "doctor", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_train_refuses_a_job_with_several_faults_in_one_message(job, tmp_path):
+    engine = tmp_path / "engine.json"
+    engine.write_text('{"bf16": {"enabeld": true}}')
+    command = [sys.executable, "train.py", "--deepspeed_config", engine, "--data", job.data, "--run", job.run]
+    command += ["--lm", tmp_path / "nowhere"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "2 things would stop this job" in done.stderr and "Traceback" not in done.stderr
+    assert "enabeld" in done.stderr and "nowhere" in done.stderr
+    assert not (Path(job.run) / "checkpoints").exists()
+
+
+def test_the_command_compares_the_frozen_towers_and_sees_another_job(job):
+    command = [sys.executable, "train.py", "--deepspeed_config", job.deepspeed_config, "--data", job.data]
+    command += ["--run", job.run, "--steps", "1", "--global-batch", "4"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    good = doctor_command("--run", job.run, "--json")
+    found = json.loads(good.stdout)
+    assert good.returncode == 0 and all(finding["state"] != FAIL for finding in found), good.stdout + good.stderr
+    assert sum(finding["about"] == "frozen towers" for finding in found) == 2
+
+    settings = json.loads((Path(job.run) / "config.json").read_text())
+    settings["frozen"]["vision"] = "0" * 16
+    (Path(job.run) / "config.json").write_text(json.dumps(settings))
+    with lock(Path(job.run)):
+        bad = doctor_command("--run", job.run)
+    assert bad.returncode == 1
+    assert f"vision was {'0' * 16} at the start of the run, now" in bad.stdout
+    assert "another job is training here" in bad.stdout
+
+
+def test_it_answers_where_nothing_is_given(tmp_path):
+    done = doctor_command()
+    assert done.returncode == 0 and "0 FAIL" in done.stdout, done.stdout + done.stderr
+    assert "made here once from a seed" in done.stdout
