@@ -23,8 +23,10 @@ COMPARED = (
     ("both", "image"),
     ("image", "shuffled_image"),
     ("both", "both_shuffled"),
+    ("image", "voxel_svm"),
+    ("both", "record_logistic"),
 )
-"""Pairs of arms that are compared scan by scan."""
+"""Pairs of arms, or of an arm and a baseline, that are compared scan by scan."""
 
 
 class Prediction(NamedTuple):
@@ -106,11 +108,30 @@ def score_one_scan_per_subject(predictions: list[Prediction], draws: Draws) -> d
     return entries
 
 
-def compare_arms(predictions: list[Prediction], draws: Draws) -> list[dict[str, Any]]:
+def score_baselines(
+    predictions: list[Prediction], baselines_NK: dict[str, NDArray], draws: Draws
+) -> dict[str, dict[str, Any]]:
+    """The scores of each baseline on the scans of a cohort."""
+    scans = scans_of(predictions)
+    classes = classes_of(scan.sample.diagnosis for scan in scans)
+    return {
+        name: score_some(
+            [
+                Prediction(scan, name, dict(zip(classes, p_K, strict=True)), "")
+                for scan, p_K in zip(scans, np.asarray(p_NK).tolist(), strict=True)
+            ],
+            draws,
+        )
+        for name, p_NK in baselines_NK.items()
+    }
+
+
+def compare_arms(predictions: list[Prediction], baselines_NK: dict[str, NDArray], draws: Draws) -> list[dict[str, Any]]:
     """The paired differences of COMPARED, as far as both were asked.
 
     Args:
         predictions: of one cohort.
+        baselines_NK: each baseline's probabilities of the cohort's classes, in the order of the scans.
         draws: of the bootstrap.
     """
     arms = by_arm(predictions)
@@ -119,7 +140,7 @@ def compare_arms(predictions: list[Prediction], draws: Draws) -> list[dict[str, 
     found: list[dict[str, Any]] = []
     if len(classes) == 1:
         return found
-    p_NK = {name: _matrix(rows, classes) for name, rows in arms.items()}
+    p_NK = {name: _matrix(rows, classes) for name, rows in arms.items()} | baselines_NK
     for a, b in COMPARED:
         if a in p_NK and b in p_NK:
             rounds = max(len(p_NK[a]), len(p_NK[b])) // len(samples)  # of a shuffled arm

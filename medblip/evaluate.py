@@ -26,6 +26,8 @@ from medblip.scoring import DEFAULT_RULE, RULES, RuleName
 from medblip.text import DIAGNOSIS_ANSWERS
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` must not wait for it
+    from numpy.typing import NDArray
+
     from medblip.analysis import Draws, Prediction
     from medblip.asking import Interview
     from medblip.scoring import Rule
@@ -69,6 +71,8 @@ class EvaluateOptions:
     """How the likelihoods of the answers are compared. val: as is best on the split val of the same shards."""
     vqa_scans: int = 100
     """Scans of each cohort that are also asked other questions (age, sex, ...), without the record; 0: none."""
+    baselines: bool = True
+    """Fit a voxel SVM and a regression on the record's fields on the split train of the same shards."""
     batch: int = 8
     """Scans at a time, on each rank."""
     bootstrap: int = 1000
@@ -143,6 +147,8 @@ def evaluate(options: EvaluateOptions) -> int:
             vqa[cohort] = ask_questions(interview, some, rule, draws)
     if not rank.is_main:
         return 0
+    baselines_NK, more_notes = fit_baselines(index, cohorts, tier, options)
+    notes += more_notes
     for note in notes:
         log.info(note)
 
@@ -152,7 +158,7 @@ def evaluate(options: EvaluateOptions) -> int:
         "ehr": tier,
         "arms": {name: ARMS[name]._asdict() for name in options.arms},
         "rule": rule._asdict() | rule_entry,
-        **analyse(cohorts, draws),
+        **analyse(cohorts, baselines_NK, draws),
         "vqa": vqa,
         "trained_on": assistant.trained_on,
         "counts": {"scans": len(everyone), "without_diagnosis": len(everyone) - len(samples), "scored": len(samples)},
@@ -248,13 +254,46 @@ def ask_cohort(
     return predictions, notes + more_notes
 
 
-def analyse(cohorts: dict[str, list[Prediction]], draws: Draws) -> dict[str, Any]:
+def fit_baselines(
+    index: ShardIndex, cohorts: dict[str, list[Prediction]], tier: EhrTier, options: EvaluateOptions
+) -> tuple[dict[str, dict[str, NDArray]], list[str]]:
+    """Each cohort's probabilities by baselines that were fitted on the split train, and notes on what was left out."""
+    found, notes = {cohort: {} for cohort in cohorts}, []
+    if not options.baselines:
+        return found, notes
+    from medblip.analysis import classes_of, scans_of
+    from medblip.baselines import fit_and_predict
+    from medblip.shards import Reader
+
+    try:
+        train = [sample for sample in index.samples("train") if sample.diagnosis]
+    except ValueError:
+        return found, ["the shards have no split train, so no baseline was fitted"]
+    reader = Reader(index, threads=2)
+    for cohort, predictions in cohorts.items():
+        test = [scan.sample for scan in scans_of(predictions)]
+        classes = classes_of(sample.diagnosis for sample in test)
+        if len(classes) > 1:
+            found[cohort], more = fit_and_predict(index, reader, train, test, classes, tier, options.seed)
+            notes += [f"{cohort}: {note}" for note in more]
+    reader.close()
+    return found, notes
+
+
+def analyse(
+    cohorts: dict[str, list[Prediction]], baselines_NK: dict[str, dict[str, NDArray]], draws: Draws
+) -> dict[str, Any]:
     """The report's entries about the predictions, cohort by cohort."""
     from medblip import analysis
 
     return {
         "cohorts": {name: analysis.score_arms(found, draws) for name, found in cohorts.items()},
-        "comparisons": {name: analysis.compare_arms(found, draws) for name, found in cohorts.items()},
+        "baselines": {
+            name: analysis.score_baselines(found, baselines_NK[name], draws) for name, found in cohorts.items()
+        },
+        "comparisons": {
+            name: analysis.compare_arms(found, baselines_NK[name], draws) for name, found in cohorts.items()
+        },
         "subgroups": {name: analysis.score_subgroups(found, draws) for name, found in cohorts.items()},
         "age_matched": {name: analysis.match_ages(found, draws) for name, found in cohorts.items()},
         "one_scan_per_subject": {

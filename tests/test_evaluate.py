@@ -125,11 +125,14 @@ def test_report_holds_every_cohort_by_itself_and_no_word_of_a_record(everything)
     assert report["one_scan_per_subject"]["THREE"]["both"]["n_scans"] == 5
     compared = [(entry["a"], entry["b"], entry["metric"]) for entry in report["comparisons"]["THREE"]]
     assert ("both", "text", "balanced_accuracy") in compared and ("image", "shuffled_image", "macro_auc") in compared
-    assert report["comparisons"]["ONE"] == []
+    assert ("image", "voxel_svm", "macro_auc") in compared and ("both", "record_logistic", "macro_auc") in compared
+    assert report["comparisons"]["ONE"] == [] and report["baselines"]["ONE"] == {}
+    assert set(report["baselines"]["TWO"]) == {"majority", "voxel_svm", "record_logistic"}
+    assert report["baselines"]["THREE"]["majority"]["balanced_accuracy"] == pytest.approx(1 / 3)
     for entry in report["comparisons"]["TWO"]:
-        if entry["b"] in two:
-            expected = two[entry["a"]][entry["metric"]] - two[entry["b"]][entry["metric"]]
-            assert entry["difference"] == pytest.approx(expected, abs=1e-9)
+        other = (two | report["baselines"]["TWO"])[entry["b"]]
+        expected = two[entry["a"]][entry["metric"]] - other[entry["metric"]]
+        assert entry["difference"] == pytest.approx(expected, abs=1e-9)
     for told in (
         "1 of 16 scans have no diagnosis",
         "ONE: only AD occurs",
