@@ -98,7 +98,7 @@ def command(
     checkpoint_every: int = CHECKPOINT_EVERY,
 ) -> list[str]:
     """The arguments of train.py."""
-    words = ["--deepspeed_config", ROOT / f"ds_configs/{layout.engine}.json", "--data", shards, "--run", run]
+    words = ["--deepspeed_config", ROOT / "ds_configs" / f"{layout.engine}.json", "--data", shards, "--run", run]
     words += ["--steps", steps, "--checkpoint-every", checkpoint_every, "--global-batch", GLOBAL_BATCH]
     words += ["--micro-batch", layout.micro_batch] if layout.micro_batch else []
     words += ["--validate-every", layout.validate_every] if layout.validate_every else []
