@@ -34,10 +34,17 @@ class Killer:
         self.began_at = time.time()
         self.due_at: float | None = None
         self.killed_at: float | None = None
+        self.is_ended = False
 
     def __call__(self, pids: list[int]) -> None:
         now = time.time()
         if self.killed_at is not None:
+            # Ranks that have not met yet wait for a dead one until the launcher ends them.
+            if self.after_steps == 0 and now > self.killed_at + 10 and not self.is_ended:
+                self.is_ended = True
+                for rank, pid in enumerate(pids):
+                    if rank not in self.targets and Path(f"/proc/{pid}").exists():
+                        os.kill(pid, signal.SIGTERM)
             return
         if self.due_at is None:
             if self.after_steps == 0:
