@@ -277,16 +277,18 @@ def unpack(
     With an `augment_seed` each volume is changed before it is scaled (augment.py), as drawn per (seed, epoch, KEY).
     """
     flat = flat.to(device, non_blocking=True)
-    volume_BXYZ = torch.empty((len(samples), *[grid_size] * 3), device=device, dtype=dtype)
+    size = (grid_size, grid_size, grid_size)
+    volume_BXYZ = torch.full((len(samples), *size), -INTENSITY_MEAN / INTENSITY_STD, device=device, dtype=dtype)
     start = 0
     for row, sample in enumerate(samples):
-        # In float32, since 1/255 has no exact bf16.
-        volume_XYZ = torch.zeros([grid_size] * 3, device=device)
         place = tuple(slice(p, p + n) for p, n in zip(sample.pad_before, sample.shape, strict=True))
-        volume_XYZ[place] = flat[start : start + sample.num_voxels].view(sample.shape) / 255
+        # In float32, since 1/255 has no exact bf16.
+        volume_XYZ = flat[start : start + sample.num_voxels].view(sample.shape).float()
         start += sample.num_voxels
         if augment_seed is not None:
+            padded_XYZ = torch.zeros(size, device=device)
+            padded_XYZ[place] = volume_XYZ.div_(255)
             draw = sample_draw(augment_seed, epochs[row], sample.key, "image")
-            volume_XYZ = apply_change(volume_XYZ, draw_change(draw))
-        volume_BXYZ[row] = volume_XYZ.div_(INTENSITY_STD).sub_(INTENSITY_MEAN / INTENSITY_STD)
+            volume_XYZ, place = apply_change(padded_XYZ, draw_change(draw)).mul_(255), ...
+        volume_BXYZ[row][place] = volume_XYZ.mul_(1 / 255 / INTENSITY_STD).sub_(INTENSITY_MEAN / INTENSITY_STD)
     return volume_BXYZ
