@@ -14,6 +14,7 @@ import tyro
 
 from medblip import __version__
 from medblip.ask import AskOptions, ask
+from medblip.compare import CompareOptions, compare
 from medblip.demo import DemoOptions, demo
 from medblip.doctor import DoctorOptions, doctor
 from medblip.evaluate import EvaluateOptions, evaluate
@@ -28,6 +29,7 @@ Train with train.py, pack scans with `python -m sharding.build`; `medblip --vers
 
 COMMANDS = {
     EvaluateOptions: evaluate,
+    CompareOptions: compare,
     AskOptions: ask,
     FetchOptions: fetch,
     PlanOptions: plan,

@@ -13,7 +13,7 @@ def medblip(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("command", [[], ["evaluate"], ["ask"], ["fetch"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["evaluate"], ["compare"], ["ask"], ["fetch"]], ids=str)
 def test_help_has_examples_and_loads_no_heavy_library(command):
     program = (
         "import sys; from medblip.cli import main; sys.argv[0] = 'medblip'\n"
@@ -38,6 +38,7 @@ def test_unknown_option_names_the_nearest_and_exits_2():
     [
         (["fetch", "--preset", "tinny"], "did you mean 'tiny'"),
         (["evaluate", "--model", "m", "--data", "d", "--bootstrap", "10"], "at least 1000"),
+        (["compare", "one"], "2 to 26"),
         (["evaluate", "--model", "m", "--data", "d", "--arms", "image", "image"], "--arms"),
         (["ask", "scan.nii.gz", "--model", "m"], "QUESTION"),
         ([], "evaluate"),

@@ -14,7 +14,7 @@ COMMANDS = [
     ["train.py"],
     *(["-m", f"sharding.{name}"] for name in ("build", "verify", "quality", "merge", "audit", "madeup", "releases")),
     *(["-m", "sharding.manifest", name] for name in RELEASES),
-    *(["-m", "medblip.cli", name] for name in ("evaluate", "ask", "fetch", "plan", "demo")),
+    *(["-m", "medblip.cli", name] for name in ("evaluate", "compare", "ask", "fetch", "plan", "demo")),
 ]
 # Options of the launchers and of git, pip and sbatch, which the pages show beside ours.
 OTHERS = {
