@@ -273,9 +273,9 @@ def blocks(result: dict[str, Any], out: Path) -> list[Block]:
             is_words=True,
         ),
         Paragraph(
-            f"Split {result['split']}; sha256 of split.csv: {result['split_sha256'] or 'no split.csv'}. Differences are "
-            f"on common scans, paired, with {result['bootstrap']} bootstrap draws of subjects (seed {result['seed']}). "
-            f"{num_tests} tests are made here and their p-values are not corrected for that."
+            f"Split {result['split']}; sha256 of split.csv: {result['split_sha256'] or 'no split.csv'}. Differences "
+            f"are on common scans, paired, with {result['bootstrap']} bootstrap draws of subjects (seed "
+            f"{result['seed']}). {num_tests} tests are made here and their p-values are not corrected for that."
         ),
         *([Heading(2, "Notes"), Bullets(result["notes"])] if result["notes"] else []),
     ]

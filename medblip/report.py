@@ -26,7 +26,7 @@ BASELINES = {
     "record_logistic": "baseline: logistic regression on the record",
 }
 VQA_COLUMNS = {
-    "closed": ("accuracy", "majority_accuracy", "unparsable"),
+    "closed": ("accuracy", "accuracy_by_likelihood", "majority_accuracy", "unparsable"),
     "number": ("mae", "within_tolerance", "tolerance", "unparsable"),
     "open": ("exact_match", "token_f1", "bleu1", "bleu4", "rouge_l"),
 }
@@ -206,7 +206,7 @@ def _comparisons(pairs: list[dict[str, Any]] | None) -> list[Block]:
     rows = [
         [
             f"{pair['a']} - {pair['b']}",
-            pair["metric"].replace("_", " "),
+            pair["metric"].replace("_", " ").replace("auc", "AUC"),
             with_interval(pair["difference"], pair.get("ci95")),
         ]
         + [p_value(pair.get("p_value"))]
@@ -253,7 +253,7 @@ def _vqa(readings: dict[str, dict[str, Scores]] | None) -> list[Block]:
             if columns[0] in (scores := questions.get(question) or {})
         ]
         if rows:
-            titles = [column.replace("_", " ") for column in columns]
+            titles = [column.replace("_", " ").replace("mae", "mean absolute error") for column in columns]
             found.append(Table((f"{kind} question", "the model saw", "answers", *titles), rows))
     return [Heading(3, "Other questions"), *found] if found else []
 
