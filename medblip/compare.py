@@ -287,7 +287,10 @@ def blocks(result: dict[str, Any], out: Path) -> list[Block]:
                 for entry in ("arms", "baselines")
                 for arm, scores in cohort[entry].items()
             ]
-            found += [Heading(3, f"{title} [95 % interval], each on all its scans"), Table(("arm", *letters), rows)]
+            found += [
+                Heading(3, f"{title[0].upper()}{title[1:]} [95 % interval], each on all its scans"),
+                Table(("arm", *letters), rows),
+            ]
         if cohort["paired"]:
             found += [Heading(3, "Paired differences on common scans"), Table(PAIRED_COLUMNS, _paired_rows(cohort))]
         arms, baselines = (

@@ -184,7 +184,8 @@ def _summary(console, out: Path, elapsed_s: float) -> None:
         ("every scan, to look at", "quality/index.html"),
         ("loss curves", "losses.png"),
         ("confusion matrix", "confusion.png"),
-        ("evaluation", "evaluation/report.md"),
+        ("evaluation", "evaluation/report.html"),
+        ("for the paper", "evaluation/methods.md"),
         ("the trained run", "run/"),
         ("the shards", "shards/"),
     ):

@@ -123,9 +123,10 @@ def _of(report: Report, entry: str, cohort: str) -> Any:
 def _summary(report: Report) -> list[Block]:
     """Of each cohort the arm `image` beside what it must beat, and whether the scan adds to the record."""
     arms = [name for name in ("image", "shuffled_image", "text", "both") if name in report["arms"]]
+    fitted = [found or {} for found in (report.get("baselines") or {}).values()]
     names = [
-        name for name in BASELINES if any(name in (found or {}) for found in (report.get("baselines") or {}).values())
-    ]
+        name for name in BASELINES if name != "majority" and any(name in found for found in fitted)
+    ]  # it is chance
     found: list[Block] = [Heading(2, "Summary")]
     for metric, title in (("balanced_accuracy", "Balanced accuracy"), ("macro_auc", "Macro AUC")):
         rows = []

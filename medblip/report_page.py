@@ -20,7 +20,7 @@ h1 { font-size: 1.7em; margin-bottom: 0.3em; }
 h2 { font-size: 1.35em; margin-top: 2em; padding-bottom: 0.2em; border-bottom: 2px solid #1f77b4; }
 h3 { font-size: 1.05em; margin: 1.6em 0 0.4em; }
 table { border-collapse: collapse; margin: 0.6em 0; font-size: 0.9em; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 0.25em 0.8em; border-bottom: 1px solid #ddd; }
+th, td { text-align: right; padding: 0.25em 0.65em; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 th { background: #f2f5f8; border-bottom: 1px solid #999; vertical-align: bottom; }
 td:first-child, .interval { white-space: nowrap; }
