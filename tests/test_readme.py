@@ -14,13 +14,13 @@ COMMANDS = [
     ["train.py"],
     *(["-m", f"sharding.{name}"] for name in ("build", "verify", "quality", "merge", "audit", "madeup", "releases")),
     *(["-m", "sharding.manifest", name] for name in RELEASES),
-    *(["-m", "medblip.cli", name] for name in ("evaluate", "compare", "ask", "fetch", "plan", "demo")),
+    *(["-m", "medblip.cli", name] for name in ("evaluate", "compare", "ask", "fetch", "plan", "doctor", "demo")),
 ]
-# Options of the launchers and of git, pip and sbatch, which the pages show beside ours.
+# Options of the launchers and of git, pip, sbatch and apptainer, which the pages show beside ours.
 OTHERS = {
     "array", "num_gpus", "nproc-per-node", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "signals-to-handle",
     "rounds", "volumes", "run-path", "module", "no-build-isolation", "kill-on-bad-exit", "wait", "signal", "help",
-    "version",
+    "version", "nv",
 }  # fmt: skip
 
 
