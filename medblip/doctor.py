@@ -7,6 +7,7 @@ not, but costs time or is easily overlooked.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import os
 import resource
@@ -27,6 +28,9 @@ OK, WARNING, FAIL = "ok", "warning", "FAIL"
 MIN_OPEN_FILES = 1024
 MIN_SHM_BYTES = 1_000_000_000
 """NCCL's and torch's shared memory on a node; containers often come with 64 MB."""
+GPU_FILES = "/dev/nvidia[0-9]*"
+NO_GPUS = ("", "-1", "NoDevFiles")
+"""CUDA_VISIBLE_DEVICES of a process that is to see no GPU; the last is Slurm's."""
 LIBAIO_HEADERS = ("/usr/include/libaio.h", "/usr/local/include/libaio.h")
 
 
@@ -193,14 +197,14 @@ def _device(ranks: int) -> Iterator[Finding]:
         hint = "" if kernel == "flash_attention_2" else ", which has its own flash kernel; flash-attn is not installed"
         yield Finding("attention", OK, f"{kernel}{hint}")
         return
-    if shutil.which("nvidia-smi"):
-        yield Finding(
-            "device",
-            FAIL,
-            f"there is an NVIDIA driver, but {version} sees no GPU",
-            "install a torch build for its CUDA",
-        )
-        return
+    if glob.glob(GPU_FILES):
+        if os.environ.get("CUDA_VISIBLE_DEVICES") not in NO_GPUS:
+            found = f"there is an NVIDIA driver, but {version} sees no GPU"
+            yield Finding("device", FAIL, found, "install a torch build for its CUDA")
+            return
+        # On purpose (CPU ranks), or because the Slurm job asked for none.
+        found = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides this node's GPUs"
+        yield Finding("device", WARNING, found, "unset it, or ask Slurm for GPUs, unless the CPU is to train")
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     yield Finding("device", OK, f"CPU with {os.cpu_count()} cores, {version}, gloo, eager attention")
     if not has_bf16:

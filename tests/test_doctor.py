@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from medblip import doctor
@@ -114,6 +115,19 @@ def test_nvme_offload_needs_libaio_and_a_folder_that_can_be_written(job, tmp_pat
     monkeypatch.setattr(doctor, "LIBAIO_HEADERS", (str(tmp_path / "libaio.h"),))
     told = faults(dataclasses.replace(job, deepspeed_config=str(tmp_path / "engine.json")))
     assert "libaio.h" in told and "apt-get install libaio-dev" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees the GPUs here")
+def test_a_gpu_that_torch_does_not_see_ends_a_job_unless_it_is_hidden(job, monkeypatch, tmp_path):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(doctor, "GPU_FILES", str(tmp_path / "nvidia[0-9]*"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "sees no GPU" in faults(job)
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not faults(job)
+        first = examine(job)["device"][0]
+        assert first.state == WARNING and f"CUDA_VISIBLE_DEVICES={hidden} hides" in first.found
 
 
 def test_too_few_open_files_and_too_little_shared_memory_are_warned_of(job, monkeypatch):
