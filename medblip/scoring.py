@@ -7,10 +7,10 @@ wins whatever the scan shows; source: domain-conditional PMI (arXiv 2104.08315).
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # `medblip --help` must not wait for numpy
+    from numpy.typing import NDArray
 
 
 class Rule(NamedTuple):
@@ -51,6 +51,8 @@ def probabilities(logp_NO: NDArray, options: Options, rule: Rule) -> NDArray:
         options: what they are.
         rule: how they are compared.
     """
+    import numpy as np
+
     score_NO = np.array(logp_NO, dtype=np.float64).reshape(-1, len(options.answers))
     if rule.minus_null:
         score_NO = score_NO - np.array(options.null_logp)
