@@ -38,8 +38,6 @@ class ModelConfig:
     """Width of the space in which images and texts are contrasted."""
     train_final_layernorm: bool = False
     """Train the LayerNorm after the last frozen vision block."""
-    standardize: bool = False
-    """Take each volume's own mean and deviation inside the head off before the patches are embedded."""
     lora: bool = True
     """Adapt the language model with LoRA; otherwise it stays as it was published."""
     lora_rank: int = 8
@@ -81,7 +79,6 @@ _TINY = ModelConfig(
     patch_init="random",
     contrast_width=64,
     train_final_layernorm=True,
-    standardize=True,
     max_prompt_tokens=160,
     max_record_tokens=96,
 )
@@ -185,7 +182,7 @@ class TrainConfig:
     balance_subjects: bool = False
     """Weigh the language loss so that each subject counts the same, however many scans it has."""
     augment: bool = True
-    """Augmentation on the device: left-right flip, pose, contrast, bias field, noise (augment.py)."""
+    """Light augmentation on the device: left-right flip, shift, intensity."""
     record_dropout: float = 0.3
     """Probability that a sample's whole record is left out of the prompt."""
     field_dropout: float = 0.15

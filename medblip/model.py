@@ -73,12 +73,7 @@ class MedBLIP(nn.Module):
         attention = {name: resolve_attention(name, device) for name in ("vision", "qformer", "language")}
         tower = pretrained.load_vision(vision, dtype, attention["vision"])
         self.vision = VisionTower(
-            tower,
-            grid_size,
-            config.patch_edge,
-            config.train_final_layernorm,
-            config.patch_init == "inflated",
-            config.standardize,
+            tower, grid_size, config.patch_edge, config.train_final_layernorm, config.patch_init == "inflated"
         )
         transformer, beside = pretrained.load_qformer(
             qformer, config.qformer_init == "random", self.vision.width, attention["qformer"], config.qformer_dropout

@@ -30,7 +30,6 @@ class VisionTower(nn.Module):
         patch_edge: int,
         train_final_layernorm: bool,
         inflate: bool = False,
-        standardize: bool = False,
     ):
         """
         Args:
@@ -39,7 +38,6 @@ class VisionTower(nn.Module):
             patch_edge: voxels along each edge of a patch; must divide `grid_size`.
             train_final_layernorm: whether the LayerNorm after the blocks is trained.
             inflate: start the 3-D patch and position embeddings from the 2-D ones; else from random numbers.
-            standardize: take each volume's own mean and deviation inside the head off first.
 
         Raises:
             ValueError: if the patch edge does not divide the grid.
@@ -52,7 +50,6 @@ class VisionTower(nn.Module):
             )
         width = pretrained.config.hidden_size
         self.patch_edge = patch_edge
-        self.standardize = standardize
         self.encoder = pretrained.encoder.requires_grad_(False)
         self.class_embedding = nn.Parameter(pretrained.embeddings.class_embedding.data.clone(), requires_grad=False)
         self.final_layernorm = pretrained.post_layernorm.requires_grad_(train_final_layernorm)
@@ -79,27 +76,11 @@ class VisionTower(nn.Module):
     def forward(self, volume_BXYZ: Tensor) -> Tensor:
         """Features of the class token and the patches; patches run along X, then Y, then Z fastest."""
         edge = self.patch_edge
-        if self.standardize:
-            volume_BXYZ = standardized(volume_BXYZ)
         voxels_BPV = rearrange(volume_BXYZ, "b (x i) (y j) (z k) -> b (x y z) (i j k)", i=edge, j=edge, k=edge)
         patches_BPC = self.patch_embedding(voxels_BPV)
         class_B1C = self.class_embedding.expand(len(patches_BPC), -1, -1)
         tokens_BPC = torch.cat([class_B1C, patches_BPC], dim=1) + self.position_embedding
         return self.final_layernorm(self.encoder(inputs_embeds=tokens_BPC).last_hidden_state)
-
-
-def standardized(volume_BXYZ: Tensor, limit: float = 3.0) -> Tensor:
-    """Volumes of mean 0 and deviation 1 inside the head, within +-`limit`, and 0 outside, where voxels are darkest.
-
-    A volume that is everywhere the same becomes 0.
-    """
-    volume_BV = volume_BXYZ.float().flatten(1)
-    is_inside_BV = volume_BV > volume_BV.amin(1, keepdim=True)
-    num_inside_B1 = is_inside_BV.sum(1, keepdim=True).clamp(min=1)
-    mean_B1 = (volume_BV * is_inside_BV).sum(1, keepdim=True) / num_inside_B1
-    centred_BV = (volume_BV - mean_B1) * is_inside_BV
-    deviation_B1 = (centred_BV.square().sum(1, keepdim=True) / num_inside_B1).sqrt().clamp(min=1e-3)
-    return (centred_BV / deviation_B1).clamp(-limit, limit).view_as(volume_BXYZ).to(volume_BXYZ.dtype)
 
 
 def inflate_patches(weight_C3HW: Tensor, bias_C: Tensor, edge: int) -> tuple[Tensor, Tensor]:
