@@ -62,7 +62,7 @@ class EvaluateOptions:
     split: str = "test"
     """Split of the shards to evaluate."""
     out: str = "evaluation"
-    """Folder for report.json, report.md, predictions.csv and confusion.png; made if missing."""
+    """Folder for report.html, report.md, report.json, methods.md, predictions.csv and pictures; made if missing."""
     ehr: EhrTier | None = None
     """Fields of the record that the model may read: the run's own tier, or a lower one."""
     arms: tuple[ArmName, ...] = DEFAULT_ARMS
