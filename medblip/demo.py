@@ -172,11 +172,13 @@ def _summary(console, out: Path, elapsed_s: float) -> None:
     }
     for cohort_name, cohort in report["cohorts"].items():
         for arm, name in names.items():
-            low, high = cohort[arm]["ci95"]["balanced_accuracy"]
-            chance = 1 / len(cohort[arm]["classes"])
-            table.add_row(
-                cohort_name, name, f"{cohort[arm]['balanced_accuracy']:.2f}", f"{low:.2f} - {high:.2f}", f"{chance:.2f}"
-            )
+            score = cohort[arm]["balanced_accuracy"]
+            if score is None:
+                table.add_row(cohort_name, name, "one diagnosis only", "", "")
+                continue
+            interval = cohort[arm]["ci95"]["balanced_accuracy"]
+            shown = f"{interval[0]:.2f} - {interval[1]:.2f}" if interval else "too few subjects"
+            table.add_row(cohort_name, name, f"{score:.2f}", shown, f"{1 / len(cohort[arm]['classes']):.2f}")
     console.print(table)
     places = Table.grid(padding=(0, 2))
     for what, where in (

@@ -175,7 +175,7 @@ def evaluate(options: EvaluateOptions) -> int:
     _write_predictions(out / "predictions.csv", [found for some in cohorts.values() for found in some])
     write_report(out, without_nan(report))
     print(plain_table(report))
-    print(f"\nwritten to {out}/; begin with report.md")
+    print(f"\nwritten to {out}/; begin with report.html")
     return 0
 
 

@@ -9,11 +9,10 @@ import sys
 import pytest
 from conftest import ROOT
 
-from medblip.demo import STUDIES
-
-pytestmark = pytest.mark.slow
+from medblip.demo import STUDIES, _summary
 
 
+@pytest.mark.slow
 def test_the_demo_goes_through_seven_releases_to_an_answer(tmp_path):
     command = [sys.executable, "-m", "medblip.cli", "demo", "--out", str(tmp_path), "--subjects", "60", "--steps", "4"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True)
@@ -31,3 +30,18 @@ def test_the_demo_goes_through_seven_releases_to_an_answer(tmp_path):
     for name in ("scans.png", "losses.png", "confusion.png", "quality/index.html"):
         assert (tmp_path / name).stat().st_size > 10_000, name
     assert "medblip ask" in done.stderr and "this made-up patient was AD" in done.stderr
+
+
+def test_the_summary_has_a_row_for_cohorts_that_are_too_small_for_an_interval_or_a_score(tmp_path):
+    from rich.console import Console
+
+    few = {"classes": ["CN", "MCI"], "balanced_accuracy": 0.5, "ci95": {"balanced_accuracy": None}}
+    alone = {"classes": ["CN"], "balanced_accuracy": None, "ci95": None}
+    arms = ("image", "text", "both", "shuffled_image")
+    cohorts = {"FEW": dict.fromkeys(arms, few), "ALONE": dict.fromkeys(arms, alone)}
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/report.json").write_text(json.dumps({"ehr": "none", "cohorts": cohorts}))
+    console = Console(record=True, width=120)
+    _summary(console, tmp_path, 60.0)
+    shown = console.export_text()
+    assert shown.count("too few subjects") == 4 and shown.count("one diagnosis only") == 4
