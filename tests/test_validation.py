@@ -82,16 +82,17 @@ def test_a_run_learns_the_same_with_and_without_validation(shards, validated, tm
     assert not (tmp_path / "plain/best.json").exists()
 
 
-# The stop file appears when the second validation begins.
+# The stop file appears when the second validation begins, and is looked for once a while.
 STOPPED = """
-import sys, train
+import sys, time, train
 from pathlib import Path
-from medblip import validation
+from medblip import stopping, validation
 real, calls = validation.encode, []
 def encode(*rest):
     calls.append(0)
     if len(calls) == 2:
         (Path(sys.argv[sys.argv.index("--run") + 1]) / "stop").touch()
+        time.sleep(2 * stopping.SECONDS_BETWEEN_LOOKS)
     return real(*rest)
 validation.encode = encode
 raise SystemExit(train.main())
