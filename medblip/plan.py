@@ -178,6 +178,7 @@ def build(config: ModelConfig, grid_size: int, width: int) -> nn.Module:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Blip2QFormerModel, Blip2VisionModel
 
+    from medblip import pretrained
     from medblip.language import Language
     from medblip.model import Contrast, MedBLIP
     from medblip.qformer import MedQFormer
@@ -185,8 +186,7 @@ def build(config: ModelConfig, grid_size: int, width: int) -> nn.Module:
 
     vision_config, language_config = checkpoint_config(config.vision), checkpoint_config(config.language)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    qformer_config = checkpoint_config(config.qformer)
-    qformer_config = getattr(qformer_config, "qformer_config", qformer_config)
+    qformer_config = pretrained.qformer_config(checkpoint_config(config.qformer), vision_config.hidden_size)
     qformer_config.hidden_dropout_prob = qformer_config.attention_probs_dropout_prob = config.qformer_dropout
     kind = AutoModelForSeq2SeqLM if language_config.is_encoder_decoder else AutoModelForCausalLM
     lora = config.lora, config.lora_rank, config.lora_alpha, config.lora_dropout

@@ -88,6 +88,21 @@ def load_vision(source: str, dtype: torch.dtype, attention: str) -> nn.Module:
     return model.eval()
 
 
+def qformer_config(published, vision_width: int):
+    """The Q-Former's config that a checkpoint's config stands for: of BLIP-2, of a plain Q-Former, or of BERT."""
+    from transformers import Blip2QFormerConfig
+
+    if published.model_type == "bert":
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        names += ("hidden_act", "max_position_embeddings", "initializer_range", "layer_norm_eps", "pad_token_id")
+        sizes = {name: getattr(published, name) for name in names}
+        return Blip2QFormerConfig(**sizes, encoder_hidden_size=vision_width, use_qformer_text_input=True)
+    config = getattr(published, "qformer_config", published)
+    # The first release of blip2-itm-vit-g spelled it another way.
+    config.use_qformer_text_input |= getattr(config, "qformer_text_input", False)
+    return config
+
+
 def load_qformer(
     source: str, random: bool, vision_width: int, attention: str, dropout: float
 ) -> tuple[nn.Module, Weights]:
@@ -111,15 +126,9 @@ def load_qformer(
 
     published = _config(AutoConfig, source)
     is_bert, is_composite = published.model_type == "bert", published.model_type == "blip-2"
-    if is_bert:
-        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        names += ("hidden_act", "max_position_embeddings", "initializer_range", "layer_norm_eps", "pad_token_id")
-        sizes = {name: getattr(published, name) for name in names}
-        config = Blip2QFormerConfig(**sizes, encoder_hidden_size=vision_width, use_qformer_text_input=True)
-    else:
-        config = published.qformer_config if is_composite else _config(Blip2QFormerConfig, source)
-        # The first release of blip2-itm-vit-g spelled it another way.
-        config.use_qformer_text_input |= getattr(config, "qformer_text_input", False)
+    if not is_bert and not is_composite:
+        published = _config(Blip2QFormerConfig, source)
+    config = qformer_config(published, vision_width)
     if not config.use_qformer_text_input:
         raise ValueError(
             f"{towers.describe(source)}: the Q-Former checkpoint has no text branch (use_qformer_text_input is false); "

@@ -67,7 +67,7 @@ def chance_of(truth_N, told_N, draws: int = 10_000) -> float:
 def test_permuted_training_labels_and_another_subject_s_scan_are_at_chance_and_true_labels_are_not(tmp_path):
     (tmp_path / "true").mkdir()
     arms, cohort = train_and_evaluate(tmp_path / "true", permuted=False)
-    assert chance_of(*arms["image"].T) < 0.001, "the test cannot fail: the model learns nothing from true labels"
+    assert chance_of(*arms["image"].T) < 0.01, "the test cannot fail: the model learns nothing from true labels"
     # As many rounds as make 1,000 pairs: their mean is close to 1/3, whatever the model has learned.
     assert abs(cohort["shuffled_image"]["balanced_accuracy"] - 1 / 3) < 0.05
     (tmp_path / "permuted").mkdir()
