@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, require_tool
 from safetensors.torch import load_file
 
 import train
 from medblip.config import TrainConfig
 from medblip.data import Loader, SampleStream, to_device
+from medblip.doctor import LIBAIO_HEADERS
 from medblip.model import MedBLIP, trainable
 from medblip.optim import build_optimizer, set_learning_rate
 from medblip.schedule import plan_schedule, positions
@@ -32,16 +33,17 @@ TOLERANCE_FP32, TOLERANCE_BF16 = 1e-4, 0.3
 BF16 = ["zero1", "zero2", "zero3", "zero3_offload"]
 
 
-def train_on_ranks(shards, run, engine, steps=STEPS, ranks=2, stop_after=0):
+def train_on_ranks(shards, run, engine, steps=STEPS, ranks=2, stop_after=0, options=(), **variables):
+    path = engine if isinstance(engine, Path) else f"ds_configs/{engine}.json"
     launcher = Path(sys.executable).with_name("deepspeed")
     command = (
         f"{launcher} --num_gpus {ranks} --master_port {free_port()} tests/zero_worker.py --preset tiny --dropout 0"
     )
-    command += f" --deepspeed_config ds_configs/{engine}.json --data {shards} --run {run} --steps {steps}"
+    command += f" --deepspeed_config {path} --data {shards} --run {run} --steps {steps}"
     command += f" --learning-rate {LEARNING_RATE} --lora-learning-rate {LEARNING_RATE}"
     command += f" --global-batch {GLOBAL_BATCH} --micro-batch {GLOBAL_BATCH // ranks}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "STOP_AFTER": str(stop_after)}
-    done = subprocess.run(command.split(), cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "STOP_AFTER": str(stop_after)} | variables
+    done = subprocess.run([*command.split(), *options], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) == (stop_after == 0), done.stderr[-3000:]
     return [json.loads(path.read_text()) for path in sorted(Path(run).glob("frozen-rank*.json"))]
 
@@ -140,3 +142,51 @@ def test_a_run_goes_on_at_another_stage_or_world_size(made_up_shards, tmp_path, 
     assert one[:6] == other[:6], "two equal runs differ"
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < TOLERANCE_BF16
     assert abs(one[6] - other[6]) < 0.01, "the first step after the change starts from other weights"
+
+
+def small(engine, folder, **zero) -> Path:
+    """A stage 3 config that divides the tiny preset's weights too; as it is, nearly all are small enough to stay."""
+    content = json.loads((ROOT / f"ds_configs/{engine}.json").read_text())
+    content["zero_optimization"] |= {"stage3_param_persistence_threshold": 1000} | zero
+    if "aio" in content:
+        content["aio"]["block_size"] = 4096
+    (folder / f"{engine}.json").write_text(json.dumps(content))
+    return folder / f"{engine}.json"
+
+
+def trained(run, steps) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / f"checkpoints/step-{steps}").glob("*.safetensors")}
+
+
+def assert_same_training(one, other, steps):
+    assert losses_of(one) == losses_of(other)
+    assert len(trained(one, steps)) == 3 and trained(one, steps) == trained(other, steps)
+
+
+@pytest.mark.slow
+def test_weights_on_a_second_copy_in_each_node_train_alike(made_up_shards, tmp_path):
+    """Two groups of two ranks each, as two nodes."""
+    whole, copied = tmp_path / "whole", tmp_path / "copied"
+    train_on_ranks(made_up_shards, whole, small("zero3", tmp_path), steps=8, ranks=4)
+    engine = small("zero3_hpz", tmp_path, zero_hpz_partition_size=2)
+    train_on_ranks(made_up_shards, copied, engine, steps=8, ranks=4)
+    assert_same_training(whole, copied, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # on a new machine DeepSpeed compiles its op first: minutes
+@pytest.mark.parametrize("checkpointing", [(), ("--activation-checkpointing", "True")], ids=["kept", "recomputed"])
+def test_weights_on_a_disk_train_as_those_in_memory_do(made_up_shards, tmp_path, checkpointing):
+    require_tool("c++", "apt-get install g++")
+    if not any(map(os.path.exists, LIBAIO_HEADERS)):
+        message = "libaio.h is not here (apt-get install libaio-dev)"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    memory, disk = tmp_path / "memory", tmp_path / "disk"
+    train_on_ranks(made_up_shards, memory, small("zero3_offload", tmp_path), steps=8, options=checkpointing)
+    nvme = json.loads((ROOT / "ds_configs/zero3_nvme.json").read_text())["zero_optimization"]["offload_param"]
+    nvme |= {"nvme_path": str(tmp_path / "nvme"), "buffer_size": 1_000_000}  # as many buffers as in the file
+    engine = small("zero3_nvme", tmp_path, offload_param=nvme)
+    train_on_ranks(made_up_shards, disk, engine, steps=8, options=checkpointing, SWAP_FROM_BYTES="4096")
+    swapped = [path.stat().st_size for path in (tmp_path / "nvme").rglob("*") if path.is_file()]
+    assert len(swapped) > 50 and min(swapped) >= 4096, "nothing was on the disk"
+    assert_same_training(memory, disk, 8)

@@ -1,6 +1,8 @@
 """Runs train.py, then writes the fingerprints of the frozen towers as this rank's engine holds them.
 
-With STOP_AFTER=N in the environment, the run gets a SIGTERM after N steps.
+With STOP_AFTER=N in the environment, the run gets a SIGTERM after N steps. With SWAP_FROM_BYTES=N, NVMe offload swaps
+parts from N bytes on (DeepSpeed's least is 1 MiB, which no weight of the tiny preset reaches), and no fingerprints are
+written: gathering everything at once takes a buffer for each weight.
 """
 
 import json
@@ -24,8 +26,12 @@ def watched_step(parts, *rest):
 
 
 train.train_step = watched_step
+if "SWAP_FROM_BYTES" in os.environ:
+    from deepspeed.runtime.swap_tensor import partitioned_param_swapper
+
+    partitioned_param_swapper.MIN_AIO_BYTES = int(os.environ["SWAP_FROM_BYTES"])
 code = train.main()
-if code == 0:
+if code == 0 and "SWAP_FROM_BYTES" not in os.environ:
     import deepspeed
 
     model = engines[0].module
