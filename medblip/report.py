@@ -137,14 +137,15 @@ def _summary(report: Report) -> list[Block]:
             first = next(iter(scored.values()))
             chance = chance_cells(first)[0 if metric == "balanced_accuracy" else 1]
             rows.append(
-                [cohort, ", ".join(first["classes"]), *(score_cell(scored.get(name), metric) for name in arms)]
+                [cohort, ", ".join(first["classes"]), number(first.get("n_subjects"))]
+                + [score_cell(scored.get(name), metric) for name in arms]
                 + [score_cell(baselines.get(name), metric) for name in names]
                 + [chance, with_interval(both[0]["difference"], both[0].get("ci95")) if both else NO_SCORE]
             )
         titles = [name.replace("_", " ") for name in (*arms, *names)]
         found += [
             Heading(3, f"{title} [95 % interval]"),
-            Table(("cohort", "classes", *titles, "chance", "both - text"), rows),
+            Table(("cohort", "classes", "subjects", *titles, "chance", "both - text"), rows),
         ]
     found.append(
         Paragraph(

@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+NOTHING_FROM_OUTSIDE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""The page's content security policy: whatever is in a report, a browser loads and runs none of it."""
+
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "Segoe UI", "Liberation Sans", Arial, sans-serif; color: #222; background: #fff;
-       max-width: 1080px; margin: 2em auto; padding: 0 1.5em; }
+       max-width: 1160px; margin: 2em auto; padding: 0 1.5em; }
 h1 { font-size: 1.7em; margin-bottom: 0.3em; }
 h2 { font-size: 1.35em; margin-top: 2em; padding-bottom: 0.2em; border-bottom: 2px solid #1f77b4; }
 h3 { font-size: 1.05em; margin: 1.6em 0 0.4em; }
 table { border-collapse: collapse; margin: 0.6em 0; font-size: 0.9em; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 0.25em 0.65em; border-bottom: 1px solid #ddd; }
+th, td { text-align: right; padding: 0.25em 0.55em; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 th { background: #f2f5f8; border-bottom: 1px solid #999; vertical-align: bottom; }
 td:first-child, .interval { white-space: nowrap; }
@@ -35,6 +38,20 @@ figure { margin: 0.6em 0; }
 figcaption { font-size: 0.85em; color: #555; }
 .warning { background: #fff4e5; border-left: 4px solid #d95f02; padding: 0.4em 0.8em; }
 pre { background: #f2f5f8; padding: 0.8em; overflow-x: auto; font-size: 0.85em; }
+@media screen and (max-width: 700px) {
+  body { margin: 1em auto; padding: 0 0.8em; }
+  td:first-child, table.words td:first-child { white-space: normal; }
+  table:not(.words) td:first-child { min-width: 6em; }
+  .wide > img { max-width: none; width: 720px; }
+}
+@media print {
+  @page { margin: 12mm; }
+  body { font-size: 10px; max-width: none; margin: 0; padding: 0; print-color-adjust: exact; }
+  .wide { overflow-x: visible; }
+  th, td { padding: 0.2em 0.35em; }
+  tr, figure { break-inside: avoid; }
+  h2, h3, h2 + p { break-after: avoid; }
+}
 """
 
 
@@ -123,6 +140,7 @@ def to_html(blocks: list[Block], folder: Path) -> str:
     body = "\n".join(_html(block, folder) for block in blocks)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{NOTHING_FROM_OUTSIDE}">\n'
         f'<meta name="viewport" content="width=device-width">\n<link rel="icon" href="data:,">\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
@@ -144,7 +162,7 @@ def _html(block: Block, folder: Path) -> str:
             kind = ' class="words"' if is_words else ""
             return f'<div class="wide"><table{kind}>\n<tr>{top}</tr>\n{body}\n</table></div>'
         case Picture(path, caption):
-            return f"<figure>{_image(folder / path, caption)}</figure>"
+            return f'<figure class="wide">{_image(folder / path, caption)}</figure>'
         case Gallery(pictures):
             figures = [
                 f"<figure>{_image(folder / path, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"

@@ -85,7 +85,7 @@ def test_every_score_of_the_page_is_that_of_report_json(written):
             continue
         assert rows["chance"][0] == f"{1 / len(arms['image']['classes']):.3f}"
         summary = next(row for row in found["Summary", "Balanced accuracy [95 % interval]"] if row[0] == cohort)
-        assert summary[2] == printed(arms["image"], "balanced_accuracy")[0]
+        assert summary[2:4] == [str(arms["image"]["n_subjects"]), *printed(arms["image"], "balanced_accuracy")]
         both = next(pair for pair in report["comparisons"][cohort] if (pair["a"], pair["b"]) == ("both", "text"))
         assert summary[-1] == f"{both['difference']:.3f} [{both['ci95'][0]:.3f}, {both['ci95'][1]:.3f}]"
         calibration = {row[0]: row[1:] for row in found[cohort, "Calibration"][1:]}
@@ -125,7 +125,8 @@ def test_page_holds_its_pictures_and_names_no_address(written):
         r"https?:|//\w|@import|url\(|<script|<link(?! rel=\"icon\" href=\"data:,\")", page.split("<body>")[0]
     )
     body = re.sub(r'src="data:image/png;base64,[^"]*"', "", page)
-    assert "http" not in body and "src=" not in body and "href=" not in body.split("<body>")[1]
+    assert "http:" not in body and "https" not in body
+    assert "src=" not in body and "href=" not in body.split("<body>")[1]
     pictures = {base64.b64decode(data) for data in re.findall(r"base64,([^\"]*)", page)}
     files = [*(written / "figures").iterdir(), *(written / "worst").iterdir()]
     assert len(files) == 6 + 4 and pictures == {path.read_bytes() for path in files}
@@ -202,6 +203,33 @@ def test_an_earlier_evaluation_leaves_no_picture(tmp_path):
 def test_terminal_has_a_row_for_each_arm(written):
     lines = plain_table(json.loads((written / "report.json").read_text())).splitlines()
     assert len(lines) == 4 + (6 + 1) * 2 + (4 + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [500, 1200])
+def test_page_is_as_wide_as_the_window(written, tmp_path, width):
+    """On a telephone wide tables and pictures scroll by themselves, not the page (Chromium's least width is 500)."""
+    browser = require_tool("chromium", "apt-get install chromium")
+    # A copy with a script, and so without the policy that would not let it run.
+    page = re.sub(r"<meta http-equiv[^>]*>", "", (written / "report.html").read_text())
+    measure = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
+    (tmp_path / "page.html").write_text(page.replace("</body>", measure))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += [f"--window-size={width},2000", "--hide-scrollbars", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    dom = subprocess.run(command, check=True, timeout=180, capture_output=True, text=True).stdout
+    wide, window = map(int, re.search(r"<title>(\d+) of (\d+)</title>", dom).groups())
+    assert window == width and wide <= window
+
+
+@pytest.mark.slow
+def test_a_browser_runs_nothing_of_a_page_even_if_markup_got_in(written, tmp_path):
+    browser = require_tool("chromium", "apt-get install chromium")
+    page = (written / "report.html").read_text()
+    (tmp_path / "page.html").write_text(page.replace("</body>", "<script>document.title = 'ran'</script></body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += ["--dump-dom", (tmp_path / "page.html").as_uri()]
+    dom = subprocess.run(command, check=True, timeout=180, capture_output=True, text=True).stdout
+    assert "<title>Zero-shot diagnosis" in dom and "<title>ran" not in dom
 
 
 @pytest.mark.slow
