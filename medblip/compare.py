@@ -84,7 +84,7 @@ def compare(options: CompareOptions) -> int:
     found = [read(letter, Path(path)) for letter, path in zip(ascii_uppercase, options.evaluations, strict=False)]
     check_same_split(found)
     result = {
-        "evaluations": {one.letter: {"folder": one.folder, "model": one.report["model"]} for one in found},
+        "evaluations": {one.letter: identity(one) for one in found},
         "split": found[0].report["split"],
         "split_sha256": found[0].report.get("split_sha256"),
         "bootstrap": options.bootstrap,
@@ -155,6 +155,20 @@ def differences(found: list[Evaluation]) -> list[str]:
                 told = "; ".join(f"{one.letter}: {value}" for one, value in zip(found, values, strict=True))
                 notes.append(f"{title} differs: {told}")
     return notes
+
+
+def identity(one: Evaluation) -> dict[str, Any]:
+    """What tells an evaluation from the others: the model, what of the record it read, and how it was trained."""
+    trained = one.report.get("trained_on") or {}
+    return {
+        "folder": one.folder,
+        "model": one.report["model"],
+        "ehr": one.report["ehr"],
+        "trained_scans": trained.get("scans"),
+        "steps": trained.get("steps"),
+        "train_seed": trained.get("seed"),
+        "commit": one.report.get("commit"),
+    }
 
 
 def scores_side_by_side(found: list[Evaluation], entry: str, cohort: str) -> dict[str, dict[str, Any]]:
@@ -251,7 +265,10 @@ def plain_table(result: dict[str, Any]) -> str:
     head, *body = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    names = [f"{letter}: {one['folder']} ({one['model']})" for letter, one in result["evaluations"].items()]
+    names = [
+        f"{letter}: {one['folder']} ({one['model']}), record tier {one['ehr']}"
+        for letter, one in result["evaluations"].items()
+    ]
     notes = [f"note: {note}" for note in result["notes"]]
     return "\n".join([*names, "", head, "-" * len(head), *body, *notes])
 
@@ -268,8 +285,11 @@ def blocks(result: dict[str, Any], out: Path) -> list[Block]:
         Heading(1, f"Comparison of {len(letters)} evaluations"),
         Paragraph(RESEARCH_ONLY, is_warning=True),
         Table(
-            ("", "folder", "model"),
-            [[letter, one["folder"], one["model"]] for letter, one in result["evaluations"].items()],
+            ("", "folder", "model", "record tier", "trained on scans", "steps", "seed", "code"),
+            [
+                [letter, *("unknown" if value is None else str(value) for value in one.values())]
+                for letter, one in result["evaluations"].items()
+            ],
             is_words=True,
         ),
         Paragraph(

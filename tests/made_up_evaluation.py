@@ -35,7 +35,7 @@ def _made_up(seed: int, skill: float, num_scans: int) -> tuple[dict, list[dict]]
         "cohorts": {}, "baselines": {}, "comparisons": {}, "subgroups": {}, "age_matched": {},
         "one_scan_per_subject": {}, "vqa": {}, "worst": [],
         "trained_on": {"subjects": 210, "scans": 600, "steps": 800, "global_batch": 32, "preset": "biogpt",
-                       "lora": True, "ehr": "cognition", "augment": True,
+                       "lora": True, "ehr": "cognition", "augment": True, "seed": seed,
                        "towers": {"vision": "blip2-itm-vit-g", "language": "biogpt"}},
         "counts": {"scans": 130, "without_diagnosis": 2, "scored": 128},
         "notes": ["MIRIAD: only CN and AD occur, so only these two were offered as answers",

@@ -54,7 +54,8 @@ def test_difference_is_that_of_the_reports_and_the_test_tells_good_from_guessing
         low, high = paired(out, cohort, "blank_image")["A", "B"]["ci95"]
         assert low == high == 0, "both guess alike"
     stdout = capsys.readouterr().out
-    assert "A: good (run/step-801)" in stdout and "common scans" in stdout and str(tmp_path / "good") not in stdout
+    assert "A: good (run/step-801), record tier cognition" in stdout
+    assert "common scans" in stdout and str(tmp_path / "good") not in stdout
 
 
 def test_pages_print_the_json_and_need_no_network(tmp_path):
@@ -71,6 +72,7 @@ def test_pages_print_the_json_and_need_no_network(tmp_path):
                 for arm in scores.values():
                     assert arm["macro_auc"] is None or f"{arm['macro_auc']:.3f}" in text
         assert "Research use only" in text and "not corrected" in text
+        assert "record tier" in text and text.count("cognition") == 2, "the tier of both, though it is the same"
         assert "ONE: A and B have no arm in common" in text
 
 
