@@ -33,6 +33,10 @@ BASELINES = {
     "voxel_svm": "a linear support vector machine on the volumes at 4 mm [@cortes1995svm]",
     "record_logistic": "a logistic regression on the fields of the record",
 }
+AUGMENTATION = {
+    True: "Volumes were augmented in training; report.json does not say by what.",
+    False: "Volumes were not augmented.",
+}
 
 Report = dict[str, Any]
 
@@ -70,7 +74,7 @@ def _model(report: Report) -> list[str]:
         f"tier {_known(trained.get('ehr'))}.",
     ]
     if "augment" in trained:
-        found.append(f"Augmentation: {_known(trained['augment'])}.")
+        found.append(AUGMENTATION.get(trained["augment"], f"Whether volumes were augmented is {UNKNOWN}."))
     return found
 
 

@@ -44,6 +44,22 @@ REFERENCES = {
   year={2022},
   note={arXiv:2210.11416}
 }""",
+    "raffel2020t5": """@article{raffel2020t5,
+  title={Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer},
+  author={Raffel, Colin and Shazeer, Noam and Roberts, Adam and Lee, Katherine and Narang, Sharan and Matena, Michael
+    and Zhou, Yanqi and Li, Wei and Liu, Peter J.},
+  journal={Journal of Machine Learning Research},
+  volume={21},
+  number={140},
+  pages={1--67},
+  year={2020}
+}""",
+    "radford2019gpt2": """@techreport{radford2019gpt2,
+  title={Language Models are Unsupervised Multitask Learners},
+  author={Radford, Alec and Wu, Jeffrey and Child, Rewon and Luan, David and Amodei, Dario and Sutskever, Ilya},
+  institution={OpenAI},
+  year={2019}
+}""",
     "hu2022lora": """@inproceedings{hu2022lora,
   title={{LoRA}: Low-Rank Adaptation of Large Language Models},
   author={Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean
@@ -193,9 +209,12 @@ COHORTS = {
 
 TOWERS = {
     "blip2": "li2023blip2",
+    "qformer": "li2023blip2",
     "eva_vit_g": "fang2023eva",
     "biogpt": "luo2022biogpt",
     "biomedlm": "bolton2024biomedlm",
     "flan-t5": "chung2022flan",
+    "t5": "raffel2020t5",
+    "gpt2": "radford2019gpt2",
 }
 """By a part of the tower's name, in small letters."""

@@ -52,6 +52,7 @@ def test_what_is_not_in_the_report_is_unknown():
     for name in ("trained_on", "recipe", "rule", "counts", "commit", "split_sha256"):
         report[name] = None
     text = methods_markdown(report)
+    assert "augment" not in text and "BLIP-2" not in text
     for told in (
         "trained on unknown scans of unknown subjects", "How the volumes were prepared is unknown",
         "How log-likelihoods were compared is unknown", "The commit of the code is unknown",
@@ -62,3 +63,10 @@ def test_what_is_not_in_the_report_is_unknown():
 def test_every_name_in_the_tables_has_an_entry():
     assert set(COHORTS.values()) | set(TOWERS.values()) <= set(REFERENCES)
     assert all(re.match(rf"@\w+\{{{key},\n.*title=", entry) for key, entry in REFERENCES.items())
+
+
+def test_augmentation_is_told_in_words():
+    report, _ = made_up_evaluation()
+    assert "Volumes were augmented in training" in methods_markdown(report)
+    report["trained_on"]["augment"] = False
+    assert "Volumes were not augmented" in methods_markdown(report)
