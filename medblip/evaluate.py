@@ -269,13 +269,20 @@ def fit_baselines(
         train = [sample for sample in index.samples("train") if sample.diagnosis]
     except ValueError:
         return found, ["the shards have no split train, so no baseline was fitted"]
+    test_of = {cohort: [scan.sample for scan in scans_of(predictions)] for cohort, predictions in cohorts.items()}
+    alike: dict[tuple[str, ...], list[str]] = {}  # fitted once for all cohorts of the same classes
+    for cohort, test in test_of.items():
+        alike.setdefault(tuple(classes_of(sample.diagnosis for sample in test)), []).append(cohort)
     reader = Reader(index, threads=2)
-    for cohort, predictions in cohorts.items():
-        test = [scan.sample for scan in scans_of(predictions)]
-        classes = classes_of(sample.diagnosis for sample in test)
+    for classes, names in alike.items():
         if len(classes) > 1:
-            found[cohort], more = fit_and_predict(index, reader, train, test, classes, tier, options.seed)
-            notes += [f"{cohort}: {note}" for note in more]
+            test = [sample for name in names for sample in test_of[name]]
+            fitted, more = fit_and_predict(index, reader, train, test, classes, tier, options.seed)
+            notes += [f"{', '.join(names)}: {note}" for note in more]
+            start = 0
+            for name in names:
+                rows = slice(start, start := start + len(test_of[name]))
+                found[name] = {baseline: p_NK[rows] for baseline, p_NK in fitted.items()}
     reader.close()
     return found, notes
 
