@@ -5,15 +5,15 @@ N predictions, K classes. Cohorts are scored apart and never pooled: the cohort 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medblip.arms import classes_of
 from medblip.asking import Scan
 from medblip.metrics import age_matched, compare, score
-from medblip.text import DIAGNOSIS_ANSWERS
 
 WITHOUT_SHUFFLING = ("image", "text", "both")
 """Arms that are looked at in subgroups, and by one scan per subject."""
@@ -43,17 +43,6 @@ class Draws(NamedTuple):
 
     number: int
     seed: int
-
-
-def classes_of(diagnoses: Iterable[str | None]) -> list[str]:
-    """The diagnoses that occur, in the order of DIAGNOSIS_ANSWERS."""
-    occurring = set(diagnoses)
-    return [name for name in DIAGNOSIS_ANSWERS if name in occurring]
-
-
-def offered_of(classes: list[str]) -> list[str]:
-    """The diagnoses that are offered as answers to a cohort with these classes: its own two where it has two."""
-    return classes if len(classes) == 2 else list(DIAGNOSIS_ANSWERS)
 
 
 def by_arm(predictions: list[Prediction]) -> dict[str, list[Prediction]]:

@@ -6,9 +6,10 @@ Arms differ in the record and in whose image is read, so that it shows which of 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from medblip.text import DIAGNOSIS_QUESTION, render_prompt
+from medblip.text import DIAGNOSIS_ANSWERS, DIAGNOSIS_QUESTION, render_prompt
 
 
 class Arm(NamedTuple):
@@ -54,6 +55,17 @@ class Asked(NamedTuple):
     arm: str
     row: int
     ask: Ask
+
+
+def classes_of(diagnoses: Iterable[str | None]) -> list[str]:
+    """The diagnoses that occur, in the order of DIAGNOSIS_ANSWERS."""
+    occurring = set(diagnoses)
+    return [name for name in DIAGNOSIS_ANSWERS if name in occurring]
+
+
+def offered_of(classes: list[str]) -> list[str]:
+    """The diagnoses that are offered as answers to a cohort with these classes: its own two where it has two."""
+    return classes if len(classes) == 2 else list(DIAGNOSIS_ANSWERS)
 
 
 def ask_diagnosis(

@@ -1,6 +1,6 @@
 """The two steps that cost time in an evaluation: every scan is encoded once, and every different question asked once.
 
-N scans, Q queries, C width. Used by `medblip evaluate` and by the validation during training.
+N scans or asks, Q queries, C width, O options. Used by `medblip evaluate` and by the validation during training.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from medblip.arms import BLANK, Ask
+from medblip.arms import BLANK, Ask, Asked, ask_diagnosis, classes_of, offered_of
 from medblip.config import EhrTier
 from medblip.inference import Asker
+from medblip.scoring import Options
 from medblip.shards import Reader, Sample
 from medblip.share import Crew
-from medblip.text import render_record
+from medblip.text import DIAGNOSIS_ANSWERS, render_record
 
 ASKS_PER_SCAN = 4
 """Asks at a time for each scan at a time: a prompt is short beside a volume's patches."""
@@ -41,6 +44,22 @@ class Scores(NamedTuple):
 
     logp: list[float]
     written: int | None
+
+
+class Diagnosed(NamedTuple):
+    """What came of the question for the diagnosis, ask by ask."""
+
+    asked: list[Asked]
+    classes: list[str]
+    """The diagnoses that occur."""
+    offered: list[str]
+    """Those that were offered as answers, in the order of the options."""
+    options: Options
+    logp_NO: NDArray
+    written: list[int | None]
+    """The option that the model would write."""
+    notes: list[str]
+    """On arms that were left out."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,19 @@ class Interview:
             ]
 
         return self._each(asks, do, "asking")
+
+    def diagnose(self, rows: list[int], arms: tuple[str, ...], seed: int) -> Diagnosed:
+        """Asks for the diagnosis of these scans, taken as one cohort, in these arms; `seed` shuffles."""
+        samples = [self.scans[row].sample for row in rows]
+        classes = classes_of(sample.diagnosis for sample in samples)
+        offered = offered_of(classes)
+        answers = tuple(DIAGNOSIS_ANSWERS[name] for name in offered)
+        subjects = [sample.subject for sample in samples]
+        asked, notes = ask_diagnosis(arms, rows, subjects, self.records(rows), seed)
+        found = self.score([one.ask for one in asked], answers)
+        logp_NO = np.array([found[one.ask].logp for one in asked])
+        written = [found[one.ask].written for one in asked]
+        return Diagnosed(asked, classes, offered, self.asker.options(answers), logp_NO, written, notes)
 
     def write(self, asks: list[Ask]) -> dict[Ask, str]:
         """The model's own words to each ask; equal asks are asked once."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from medblip.arms import classes_of
 from medblip.text import DIAGNOSIS_ANSWERS
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def compare_cohort(
                         f"{title}: scan {key} has another subject or diagnosis in {a.folder} than in {b.folder}"
                     )
             truth = [x.diagnosis for _, x, _ in rows]
-            classes = [name for name in DIAGNOSIS_ANSWERS if name in truth]
+            classes = classes_of(truth)
             if len(classes) < 2:
                 notes.append(f"{title}: {len(classes)} diagnoses on the common scans, so there is nothing to compare")
                 continue

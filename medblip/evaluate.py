@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from medblip.arms import ARMS, DEFAULT_ARMS, ArmName
+from medblip.arms import ARMS, DEFAULT_ARMS, ArmName, classes_of
 from medblip.config import EhrTier
 from medblip.scoring import DEFAULT_RULE, RULES, RuleName
 from medblip.text import DIAGNOSIS_ANSWERS
@@ -183,8 +183,6 @@ def samples_for_rule(
     index: ShardIndex, options: EvaluateOptions, train_subjects: frozenset[str]
 ) -> tuple[list[Sample], str]:
     """The scans that the rule is chosen on, at most RULE_SCANS; or none, and why not."""
-    from medblip.analysis import classes_of
-
     if options.rule != "val":
         return [], "a rule was given"
     if options.split == "val":
@@ -206,19 +204,12 @@ def rule_on_validation(
     """The rule that is best on these scans, in the arm `both`, or `image` if no arm that is asked reads a record."""
     import numpy as np
 
-    from medblip.analysis import classes_of, offered_of
-    from medblip.arms import ask_diagnosis
     from medblip.scoring import choose_rule
 
     arm = "both" if interview.tier != "none" and any(ARMS[name].record for name in options.arms) else "image"
-    offered = offered_of(classes_of(interview.scans[row].sample.diagnosis for row in rows))
-    answers = tuple(DIAGNOSIS_ANSWERS[name] for name in offered)
-    subjects = [interview.scans[row].sample.subject for row in rows]
-    asked, _ = ask_diagnosis((arm,), rows, subjects, interview.records(rows), options.seed)
-    scores = interview.score([one.ask for one in asked], answers)
-    truth_N = np.array([offered.index(interview.scans[one.row].sample.diagnosis) for one in asked])
-    logp_NO = np.array([scores[one.ask].logp for one in asked])
-    return choose_rule(truth_N, logp_NO, interview.asker.options(answers))
+    found = interview.diagnose(rows, (arm,), options.seed)
+    truth_N = np.array([found.offered.index(interview.scans[one.row].sample.diagnosis) for one in found.asked])
+    return choose_rule(truth_N, found.logp_NO, found.options)
 
 
 def ask_cohort(
@@ -228,30 +219,24 @@ def ask_cohort(
 
     Returns the predictions and what a reader of them should know.
     """
-    from medblip.analysis import Prediction, classes_of, offered_of
-    from medblip.arms import ask_diagnosis
+    from medblip.analysis import Prediction
     from medblip.scoring import probabilities
 
-    classes = classes_of(interview.scans[row].sample.diagnosis for row in rows)
-    offered = offered_of(classes)
+    found = interview.diagnose(rows, options.arms, options.seed)
+    classes, offered, answers = found.classes, found.offered, found.options.answers
     notes = []
     if len(classes) == 2:
         notes.append(f"only {classes[0]} and {classes[1]} occur, so only these two were offered as answers")
     if len(classes) == 1:
         notes.append(f"only {classes[0]} occurs, so there is nothing to tell apart and no score")
-    answers = tuple(DIAGNOSIS_ANSWERS[name] for name in offered)
-    subjects = [interview.scans[row].sample.subject for row in rows]
-    asked, more_notes = ask_diagnosis(options.arms, rows, subjects, interview.records(rows), options.seed)
-    scores = interview.score([one.ask for one in asked], answers)
-    p_NO = probabilities([scores[one.ask].logp for one in asked], interview.asker.options(answers), rule)
+    p_NO = probabilities(found.logp_NO, found.options, rule).tolist()
     predictions = []
-    for one, p_O in zip(asked, p_NO.tolist(), strict=True):
+    for one, p_O, written in zip(found.asked, p_NO, found.written, strict=True):
         answer = answers[p_O.index(max(p_O))]
         if one.arm == "both":
-            written = scores[one.ask].written
             answer = OTHER_ANSWER if written is None else answers[written]
         predictions.append(Prediction(interview.scans[one.row], one.arm, dict(zip(offered, p_O, strict=True)), answer))
-    return predictions, notes + more_notes
+    return predictions, notes + found.notes
 
 
 def fit_baselines(
@@ -261,7 +246,7 @@ def fit_baselines(
     found, notes = {cohort: {} for cohort in cohorts}, []
     if not options.baselines:
         return found, notes
-    from medblip.analysis import classes_of, scans_of
+    from medblip.analysis import scans_of
     from medblip.baselines import fit_and_predict
     from medblip.shards import Reader
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from medblip import checkpoint
-from medblip.analysis import classes_of, offered_of
-from medblip.arms import ask_diagnosis
+from medblip.arms import classes_of
 from medblip.asking import Interview, encode
 from medblip.config import TrainConfig
 from medblip.distributed import log
@@ -23,7 +22,6 @@ from medblip.metrics import score
 from medblip.scoring import DEFAULT_RULE, probabilities
 from medblip.shards import Reader, ShardIndex
 from medblip.share import Crew
-from medblip.text import DIAGNOSIS_ANSWERS
 from medblip.words import Words
 
 DRAWS = 1000  # of subjects, as metrics.score wants them; no interval of it is kept
@@ -129,24 +127,19 @@ def measure(interview: Interview) -> dict[str, float | None]:
     By the default rule. The loss is that of the right answer to the question for the diagnosis: mean over its tokens,
     then over the scans. None where a likelihood is not finite.
     """
-    samples = [scan.sample for scan in interview.scans]
-    rows, subjects, truth = list(range(len(samples))), [s.subject for s in samples], [s.diagnosis for s in samples]
-    classes = classes_of(truth)
-    offered = offered_of(classes)
-    answers = tuple(DIAGNOSIS_ANSWERS[name] for name in offered)
-    options = interview.asker.options(answers)
+    rows, truth = list(range(len(interview.scans))), [scan.sample.diagnosis for scan in interview.scans]
+    subjects = [scan.sample.subject for scan in interview.scans]
     numbers: dict[str, float | None] = {}
     for arm, name in (("both", "val"), ("image", "val_image")):
-        asked, _ = ask_diagnosis((arm,), rows, subjects, interview.records(rows), seed=0)
-        scores = interview.score([one.ask for one in asked], answers)
-        logp_NO = np.array([scores[one.ask].logp for one in asked])
+        told = interview.diagnose(rows, (arm,), seed=0)
         found = dict.fromkeys(("balanced_accuracy", "macro_auc"))
-        if np.isfinite(logp_NO).all():
-            p_NK = probabilities(logp_NO, options, DEFAULT_RULE)[:, [offered.index(name) for name in classes]]
-            found = score(truth, p_NK / p_NK.sum(axis=1, keepdims=True), classes, subjects, DRAWS, seed=0)
+        if np.isfinite(told.logp_NO).all():
+            columns = [told.offered.index(name) for name in told.classes]
+            p_NK = probabilities(told.logp_NO, told.options, DEFAULT_RULE)[:, columns]
+            found = score(truth, p_NK / p_NK.sum(axis=1, keepdims=True), told.classes, subjects, DRAWS, seed=0)
         numbers |= {f"{name}_{metric}": found[metric] for metric in ("balanced_accuracy", "macro_auc")}
         if arm == "both":
-            right_N = np.array([offered.index(diagnosis) for diagnosis in truth])
-            loss = -(logp_NO / np.array(options.num_tokens))[rows, right_N].mean()
+            right_N = np.array([told.offered.index(diagnosis) for diagnosis in truth])
+            loss = -(told.logp_NO / np.array(told.options.num_tokens))[rows, right_N].mean()
             numbers["val_loss_lm"] = float(loss) if np.isfinite(loss) else None
     return numbers
