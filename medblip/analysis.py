@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from medblip.arms import classes_of
 from medblip.asking import Scan
-from medblip.metrics import age_matched, compare, score
+from medblip.metrics import age_matched, compare, rows_sum_to_1, score
 
 WITHOUT_SHUFFLING = ("image", "text", "both")
 """Arms that are looked at in subgroups, and by one scan per subject."""
@@ -192,9 +192,7 @@ def _grouped(rows: list[Prediction], group_of: Callable[[dict], str | None]) -> 
 
 def _matrix(rows: list[Prediction], classes: list[str]) -> NDArray:
     """Probabilities of these classes, `N K`; each row sums to 1 again where others were offered too."""
-    p_NK = np.array([[row.probabilities[name] for name in classes] for row in rows])
-    total_N1 = p_NK.sum(axis=1, keepdims=True)
-    return np.divide(p_NK, total_N1, out=np.full_like(p_NK, 1 / len(classes)), where=total_N1 != 0)
+    return rows_sum_to_1(np.array([[row.probabilities[name] for name in classes] for row in rows]))
 
 
 def _brief(entry: dict[str, Any]) -> dict[str, Any]:

@@ -222,10 +222,9 @@ def compare_cohort(
                 notes.append(f"{title}: not all of {', '.join(classes)} were offered in both, so they are not compared")
                 continue
             p_a_NK, p_b_NK = (
-                np.array([[answer.probabilities[name] for name in classes] for answer in side])
+                metrics.rows_sum_to_1(np.array([[answer.probabilities[name] for name in classes] for answer in side]))
                 for side in ([x for _, x, _ in rows], [y for *_, y in rows])
             )
-            p_a_NK, p_b_NK = _rows_sum_to_1(p_a_NK), _rows_sum_to_1(p_b_NK)
             subjects = [x.subject for _, x, _ in rows]
             tested = metrics.compare(truth, p_a_NK, p_b_NK, classes, subjects, options.bootstrap, options.seed)
             counts = {"common_scans": len(keys), "common_subjects": len(set(subjects)), "classes": classes}
@@ -234,14 +233,6 @@ def compare_cohort(
                 for metric in METRICS
             ]
     return pairs, notes
-
-
-def _rows_sum_to_1(p_NK):
-    """Where more answers were offered than the scans have diagnoses; all 0 become equal."""
-    import numpy as np
-
-    total_N1 = p_NK.sum(axis=1, keepdims=True)
-    return np.divide(p_NK, total_N1, out=np.full_like(p_NK, 1 / p_NK.shape[1]), where=total_N1 > 0)
 
 
 PAIRED_COLUMNS = ("arm", "evaluations", "metric", "difference [95 % CI]", "p", "common scans", "subjects")
@@ -260,18 +251,16 @@ def _paired_rows(cohort: dict[str, Any]) -> list[list[str]]:
 
 def plain_table(result: dict[str, Any]) -> str:
     """The paired differences in columns, for a terminal."""
+    from medblip.report_page import in_columns
+
     rows = [("cohort", *PAIRED_COLUMNS)]
     rows += [(name, *row) for name, cohort in result["cohorts"].items() for row in _paired_rows(cohort)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *body = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
     names = [
         f"{letter}: {one['folder']} ({one['model']}), record tier {one['ehr']}"
         for letter, one in result["evaluations"].items()
     ]
     notes = [f"note: {note}" for note in result["notes"]]
-    return "\n".join([*names, "", head, "-" * len(head), *body, *notes])
+    return "\n".join([*names, "", *in_columns(rows), *notes])
 
 
 def blocks(result: dict[str, Any], out: Path) -> list[Block]:

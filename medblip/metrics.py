@@ -90,6 +90,15 @@ def score(
     }
 
 
+def score_once(truth: Sequence[str], probabilities_NK: ArrayLike, classes: Sequence[str]) -> dict[str, float]:
+    """SCORED without their intervals, which are what costs time; NaN for a single class.
+
+    Raises:
+        ValueError: as `score`.
+    """
+    return _once(*_checked(truth, probabilities_NK, classes, ["" for _ in truth]))
+
+
 def compare(
     truth: Sequence[str],
     a_NK: ArrayLike,
@@ -112,13 +121,12 @@ def compare(
     truth_N, b_NK = _checked(truth, b_NK, classes, subjects)
     if len(np.unique(truth_N)) < 2:
         return {name: dict.fromkeys(("difference", "ci95", "p_value")) for name in COMPARED}
-    once_1N = np.ones((1, len(truth_N)))
-    a, b = weighted_scores(truth_N, a_NK, once_1N), weighted_scores(truth_N, b_NK, once_1N)
+    a, b = _once(truth_N, a_NK), _once(truth_N, b_NK)
     draws_a = _redrawn(truth_N, a_NK, subjects, num_draws, seed)
     draws_b = _redrawn(truth_N, b_NK, subjects, num_draws, seed)
     return {
         name: {
-            "difference": float(a[name][0] - b[name][0]),
+            "difference": a[name] - b[name],
             "ci95": interval(draws_a[name] - draws_b[name]) if draws_a else None,
             "p_value": two_sided_p(draws_a[name] - draws_b[name]) if draws_a else None,
         }
@@ -215,6 +223,17 @@ def _checked(truth: Sequence[str], p_NK: ArrayLike, classes: Sequence[str], subj
         if diagnosis not in column_of:
             raise ValueError(f"row {row}: the diagnosis {diagnosis!r} is none of {', '.join(classes)}")
     return np.array([column_of[diagnosis] for diagnosis in truth]), p_NK
+
+
+def rows_sum_to_1(p_NK: NDArray) -> NDArray:
+    """Rows scaled, where more answers were offered than there are columns; one that is all 0 becomes equal."""
+    total_N1 = p_NK.sum(axis=1, keepdims=True)
+    return np.divide(p_NK, total_N1, out=np.full_like(p_NK, 1 / p_NK.shape[1]), where=total_N1 != 0)
+
+
+def _once(truth_N: NDArray, p_NK: NDArray) -> dict[str, float]:
+    scores = weighted_scores(truth_N, p_NK, np.ones((1, len(truth_N))))
+    return {name: float(values_D[0]) for name, values_D in scores.items()}
 
 
 def _columns(occurring: NDArray, num_classes: int) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from medblip.figures import draw_confusion, draw_curves, draw_forest
 from medblip.methods import methods_markdown
 from medblip.progress import write_json
-from medblip.report_page import Block, Bullets, Gallery, Heading, Paragraph, Picture, Table, write_pages
+from medblip.report_page import Block, Bullets, Gallery, Heading, Paragraph, Picture, Table, in_columns, write_pages
 
 NO_SCORE = "-"
 RESEARCH_ONLY = "Research use only; not a medical device. No number here says anything about one person's health."
@@ -53,12 +53,8 @@ def plain_table(report: Report) -> str:
             accuracy, auc, _, *counts = score_cells(arm)
             rows.append((cohort, name, accuracy, auc, *counts))
         rows.append((cohort, "chance", *chance_cells(next(iter(arms.values())))[:2], "", ""))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *body = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
     title = f"{report['model']} on the split '{report['split']}', record tier {report['ehr']}"
-    return "\n".join([title, "", head, "-" * len(head), *body])
+    return "\n".join([title, "", *in_columns(rows)])
 
 
 def blocks(report: Report, out: Path) -> list[Block]:

@@ -105,6 +105,15 @@ def write_pages(folder: Path, name: str, blocks: list[Block]) -> None:
     (folder / f"{name}.html").write_text(to_html(blocks, folder), encoding="utf-8")
 
 
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for a terminal; the first row is its head, and a rule follows it."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    head, *body = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [head, "-" * len(head), *body]
+
+
 def to_markdown(blocks: list[Block]) -> str:
     """The document as GitHub shows it."""
     return "\n\n".join(map(_markdown, blocks)) + "\n"

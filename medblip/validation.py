@@ -18,13 +18,11 @@ from medblip.asking import Interview, encode
 from medblip.config import TrainConfig
 from medblip.distributed import log
 from medblip.inference import Asker
-from medblip.metrics import score
+from medblip.metrics import rows_sum_to_1, score_once
 from medblip.scoring import DEFAULT_RULE, probabilities
 from medblip.shards import Reader, ShardIndex
 from medblip.share import Crew
 from medblip.words import Words
-
-DRAWS = 1000  # of subjects, as metrics.score wants them; no interval of it is kept
 
 
 class _Stopped(Exception):
@@ -128,7 +126,6 @@ def measure(interview: Interview) -> dict[str, float | None]:
     then over the scans. None where a likelihood is not finite.
     """
     rows, truth = list(range(len(interview.scans))), [scan.sample.diagnosis for scan in interview.scans]
-    subjects = [scan.sample.subject for scan in interview.scans]
     numbers: dict[str, float | None] = {}
     for arm, name in (("both", "val"), ("image", "val_image")):
         told = interview.diagnose(rows, (arm,), seed=0)
@@ -136,7 +133,7 @@ def measure(interview: Interview) -> dict[str, float | None]:
         if np.isfinite(told.logp_NO).all():
             columns = [told.offered.index(name) for name in told.classes]
             p_NK = probabilities(told.logp_NO, told.options, DEFAULT_RULE)[:, columns]
-            found = score(truth, p_NK / p_NK.sum(axis=1, keepdims=True), told.classes, subjects, DRAWS, seed=0)
+            found = score_once(truth, rows_sum_to_1(p_NK), told.classes)
         numbers |= {f"{name}_{metric}": found[metric] for metric in ("balanced_accuracy", "macro_auc")}
         if arm == "both":
             right_N = np.array([told.offered.index(diagnosis) for diagnosis in truth])
