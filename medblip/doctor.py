@@ -14,16 +14,18 @@ import resource
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from medblip.config import PRESETS, TrainConfig, is_url, unknown
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` must not wait for it
     from medblip.distributed import Control, Rank
+    from medblip.shards import ShardIndex
 
+Read = TypeVar("Read")
 OK, WARNING, FAIL = "ok", "warning", "FAIL"
 MIN_OPEN_FILES = 1024
 MIN_SHM_BYTES = 1_000_000_000
@@ -107,8 +109,8 @@ def doctor(options: DoctorOptions) -> int:
         )
     findings = examine(config, options.ranks or max(1, torch.cuda.device_count()), is_ours=False)
     if config.run:
-        findings += _ask("run lock", lambda: _lock(Path(config.run)))
-        findings += _ask("frozen towers", lambda: _fingerprints(config))
+        _ask(findings, "run lock", _lock(Path(config.run)))
+        _ask(findings, "frozen towers", _fingerprints(config))
     if options.json:
         print(json.dumps([finding._asdict() for finding in findings]))
     else:
@@ -144,41 +146,36 @@ def examine(config: TrainConfig, ranks: int, is_ours: bool) -> list[Finding]:
         ranks: its ranks, over all nodes.
         is_ours: this process is the job, and holds the run folder's lock.
     """
-    from medblip.progress import keep_schedule
-
-    findings = _ask("device", lambda: _device(ranks))
-    findings += _ask("limits", lambda: _limits(ranks))
-    findings += _ask("rendezvous", lambda: _rendezvous(ranks, is_ours))
-    index = engine = None
+    findings: list[Finding] = []
+    _ask(findings, "device", _device(ranks))
+    _ask(findings, "limits", _limits(ranks))
+    _ask(findings, "rendezvous", _rendezvous(ranks, is_ours))
+    index = None
     if config.run:
-        findings += _ask("run folder", lambda: _run_folder(Path(config.run)))
-        kept: list[TrainConfig] = []
-        findings += _ask("options", lambda: kept.append(keep_schedule(Path(config.run), config, ranks)) or iter(()))
-        config = kept[0] if kept else config
+        _ask(findings, "run folder", _run_folder(Path(config.run)))
+        config = _ask(findings, "options", _options(config, ranks)) or config
     if config.data:
-        opened: list[Any] = []
-        findings += _ask("shards", lambda: _shards(config, opened))
-        index = opened[0] if opened else None
-    read: list[dict[str, Any]] = []
-    findings += _ask("batches", lambda: _batches(config, ranks, index, read))
-    engine = read[0] if read else None
-    findings += _ask("towers", lambda: _towers(config))
-    findings += _ask("network", lambda: _network(config))
+        index = _ask(findings, "shards", _shards(config))
+    engine = _ask(findings, "batches", _batches(config, ranks, index))
+    _ask(findings, "towers", _towers(config))
+    _ask(findings, "network", _network(config))
     if engine is not None:
-        findings += _ask("NVMe offload", lambda: _nvme(engine))
+        _ask(findings, "NVMe offload", _nvme(engine))
     if not any(finding.state == FAIL and finding.about in ("towers", "shards") for finding in findings):
-        findings += _ask("memory and disk", lambda: _room(config, ranks, engine or {}, index))
+        _ask(findings, "memory and disk", _room(config, ranks, engine or {}, index))
     return findings
 
 
-def _ask(about: str, question: Callable[[], Iterator[Finding]]) -> list[Finding]:
-    """The answers to a question; what it raises is one of them, and its advice stands in the message."""
-    findings: list[Finding] = []
+def _ask(findings: list[Finding], about: str, question: Generator[Finding, None, Read]) -> Read | None:
+    """Adds the answers to a question and returns what it read; what it raises is an answer, its advice in the words."""
     try:
-        findings.extend(question())
+        while True:
+            findings.append(next(question))
+    except StopIteration as end:
+        return end.value
     except (ValueError, OSError) as error:
         findings.append(Finding(about, FAIL, str(error)))
-    return findings
+        return None
 
 
 def _device(ranks: int) -> Iterator[Finding]:
@@ -261,12 +258,20 @@ def _lock(run: Path) -> Iterator[Finding]:
         yield Finding("run lock", OK, "no other job trains here")
 
 
-def _shards(config: TrainConfig, opened: list[Any]) -> Iterator[Finding]:
+def _options(config: TrainConfig, ranks: int) -> Generator[Finding, None, TrainConfig]:
+    from medblip.progress import keep_schedule
+
+    yield from ()
+    return keep_schedule(Path(config.run), config, ranks)
+
+
+def _shards(config: TrainConfig) -> Generator[Finding, None, ShardIndex]:
+    """Returns the index."""
+    from medblip.guards import recipe_differences
     from medblip.shards import ShardIndex
 
     index = ShardIndex(config.data)
     samples = index.samples("train")
-    opened.append(index)
     edge = config.model_config().patch_edge
     found = f"{len(samples)} training samples of {len({sample.subject for sample in samples})} subjects, "
     found += f"{len(index.shards)} shards, all of the size that index.json says" if index.remote is None else "remote"
@@ -277,13 +282,13 @@ def _shards(config: TrainConfig, opened: list[Any]) -> Iterator[Finding]:
             "shards", FAIL, f"volumes of {index.grid_size} voxels are not divided by patches of {edge}", advice
         )
     begun = _stored(Path(config.run)) if config.run else None
-    if begun and begun["recipe"] != index.recipe:
-        names = [n for n in {*begun["recipe"], *index.recipe} if begun["recipe"].get(n) != index.recipe.get(n)]
-        changes = (f"{n} was {begun['recipe'].get(n)}, now {index.recipe.get(n)}" for n in sorted(names))
-        yield Finding("shards", FAIL, f"another recipe than the run's: {'; '.join(changes)}", "take its shards")
+    if begun and (differing := recipe_differences(index.recipe, begun["recipe"])):
+        yield Finding("shards", FAIL, f"another recipe than the run's: {'; '.join(differing)}", "take its shards")
+    return index
 
 
-def _batches(config: TrainConfig, ranks: int, index: Any, read: list[dict[str, Any]]) -> Iterator[Finding]:
+def _batches(config: TrainConfig, ranks: int, index: ShardIndex | None) -> Generator[Finding, None, dict | None]:
+    """Returns the DeepSpeed config, if one was given."""
     from medblip.ds_config import load_deepspeed_config
     from medblip.schedule import plan_schedule
 
@@ -291,10 +296,12 @@ def _batches(config: TrainConfig, ranks: int, index: Any, read: list[dict[str, A
     schedule, _ = plan_schedule(config, num_samples, ranks)
     found = f"global batch {schedule.global_batch} = micro-batch {schedule.micro_batch} x accumulation "
     yield Finding("batches", OK, f"{found}{schedule.accumulation} x {ranks} ranks")
-    if config.deepspeed_config:
-        read.append(load_deepspeed_config(config.deepspeed_config, schedule, config.run or None))
-        stage = read[0].get("zero_optimization", {}).get("stage", 0)
-        yield Finding("DeepSpeed config", OK, f"{config.deepspeed_config}: ZeRO stage {stage}, every key known")
+    if not config.deepspeed_config:
+        return None
+    engine = load_deepspeed_config(config.deepspeed_config, schedule, config.run or None)
+    stage = engine.get("zero_optimization", {}).get("stage", 0)
+    yield Finding("DeepSpeed config", OK, f"{config.deepspeed_config}: ZeRO stage {stage}, every key known")
+    return engine
 
 
 def _towers(config: TrainConfig) -> Iterator[Finding]:

@@ -30,13 +30,17 @@ def check_recipe(data: dict[str, Any], model: dict[str, Any]) -> None:
     Raises:
         ValueError: naming every parameter that differs, with both values.
     """
-    differing = [
+    if differing := recipe_differences(data, model):
+        raise ValueError(f"the shards' recipe is not the model's: {'; '.join(differing)}")
+
+
+def recipe_differences(data: dict[str, Any], model: dict[str, Any]) -> list[str]:
+    """Each parameter of the shards' recipe that is not the model's, with both values."""
+    return [
         f"{name} is {data.get(name)} in the shards and {model.get(name)} in the model"
         for name in sorted(data.keys() | model.keys())
         if data.get(name) != model.get(name)
     ]
-    if differing:
-        raise ValueError(f"the shards' recipe is not the model's: {'; '.join(differing)}")
 
 
 def check_tier(tier: EhrTier, trained: EhrTier) -> EhrTier:
