@@ -19,15 +19,12 @@ from medblip.arms import BLANK, Ask, Asked, ask_diagnosis, classes_of, offered_o
 from medblip.config import EhrTier
 from medblip.inference import Asker
 from medblip.scoring import Options
-from medblip.shards import Reader, Sample
+from medblip.shards import READ_AHEAD, Reader, Sample
 from medblip.share import Crew
 from medblip.text import DIAGNOSIS_ANSWERS, render_record
 
 ASKS_PER_SCAN = 4
 """Asks at a time for each scan at a time: a prompt is short beside a volume's patches."""
-
-READ_AHEAD = 400
-"""Samples whose shards are opened, and where need be fetched, ahead of the one that is read."""
 
 
 class Scan(NamedTuple):

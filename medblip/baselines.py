@@ -13,8 +13,9 @@ import numpy as np
 from einops import reduce
 from numpy.typing import NDArray
 
+from medblip import volume
 from medblip.config import EhrTier
-from medblip.shards import Reader, Sample, ShardIndex
+from medblip.shards import READ_AHEAD, Reader, Sample, ShardIndex
 from medblip.text import fields_of
 
 COARSE_MM = 4.0
@@ -22,8 +23,6 @@ MAX_TRAIN_SCANS = 2000
 """Of the voxel SVM, drawn at random from more: its kernel grows with the square."""
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """C of the SVM, chosen by folds over subjects; the kernel is a mean over voxels, so about 1 on its diagonal."""
-READ_AHEAD = 400
-"""Samples whose shards are opened, and where need be fetched, ahead of the one that is read."""
 AIR_LEVEL = 10
 """Of 255: voxels above it are head, and scaled to its mean and standard deviation."""
 VOXELS_AT_ONCE = 20_000
@@ -141,22 +140,21 @@ def _coarse_volumes(reader: Reader, samples: Sequence[Sample], grid_size: int, b
     """
     coarse_NV = np.zeros((len(samples), math.ceil(grid_size / block) ** 3), dtype=np.float16)
     unreadable = []
-    for place in _in_order(reader, samples):
-        sample = samples[place]
+    for row in _in_order(reader, samples):
+        sample = samples[row]
         flat = np.empty(sample.num_voxels, dtype=np.uint8)
         try:
             reader.volumes([sample], flat)
         except ValueError:
             unreadable.append(sample.key)
             continue
-        grid_XYZ = np.zeros((math.ceil(grid_size / block) * block,) * 3, dtype=np.float32)
-        where = tuple(slice(c, c + n) for c, n in zip(sample.pad_before, sample.shape, strict=True))
-        grid_XYZ[where] = flat.reshape(sample.shape)
+        size = math.ceil(grid_size / block) * block
+        grid_XYZ = volume.place(flat.reshape(sample.shape), sample.pad_before, size).astype(np.float32)
         coarse_V = reduce(grid_XYZ, "(x a) (y b) (z c) -> (x y z)", "mean", a=block, b=block, c=block)
         is_head_V = coarse_V > AIR_LEVEL
         if is_head_V.any():
             head = coarse_V[is_head_V]
-            coarse_NV[place, is_head_V] = np.clip((head - head.mean()) / max(head.std(), 1e-6), -3, 3)
+            coarse_NV[row, is_head_V] = np.clip((head - head.mean()) / max(head.std(), 1e-6), -3, 3)
     return coarse_NV, unreadable
 
 

@@ -22,6 +22,8 @@ import zstandard
 from medblip.config import is_url, unknown
 
 FETCHES_AT_ONCE = 8
+READ_AHEAD = 400
+"""Samples whose shards are opened, and where need be fetched, ahead of the one that is read in an evaluation."""
 
 
 class Sample(NamedTuple):
