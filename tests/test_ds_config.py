@@ -4,21 +4,10 @@ import json
 
 import pytest
 from conftest import ROOT
+from test_schedule import SCHEDULE
 
 from medblip import ds_config
 from medblip.ds_config import load_deepspeed_config
-from medblip.schedule import Schedule
-
-SCHEDULE = Schedule(
-    steps=10,
-    global_batch=8,
-    micro_batch=2,
-    accumulation=2,
-    warmup_steps=1,
-    learning_rate=1e-3,
-    lora_learning_rate=5e-3,
-    weight_decay=0.1,
-)
 
 
 def write(folder, content) -> str:
