@@ -47,16 +47,18 @@ def main() -> int:
     from medblip.watch import Watch
 
     distributed.log_to_stderr(int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
-    rank = distributed.setup()
-    watch = Watch(rank, config.step_timeout_s)
+    watch = None
     try:
+        rank = distributed.setup()
+        watch = Watch(rank, config.step_timeout_s)
         code = train(config, rank, stopping, watch)
-        watch.close()
+        watch.doing("leaving", 0, is_slow=True)  # rank 0 may still send its curves
         distributed.barrier()
+        watch.close()
         return code
     except Exception as error:
         # Not a plain return: other ranks may be in a collective that never ends, and torch's clean-up waits for it.
-        code = report(error, config, rank, watch)
+        code = report(error, config, watch)
         logging.shutdown()
         os._exit(code)
 

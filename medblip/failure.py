@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from pathlib import Path
 
 import torch
 
 from medblip.config import TrainConfig
-from medblip.distributed import Rank, log
+from medblip.distributed import log
 from medblip.progress import RunIsLocked, write_json
 from medblip.watch import RUN_ME_AGAIN, Watch
 
@@ -21,20 +22,22 @@ LESS_MEMORY = (
 )
 
 
-def report(error: Exception, config: TrainConfig, rank: Rank, watch: Watch) -> int:
+def report(error: Exception, config: TrainConfig, watch: Watch | None) -> int:
     """Logs one clear message, leaves word for the other ranks, updates status.json; returns the exit code.
 
     1: it would fail again (data, options, memory); 86: another rank is the cause, or a fault that may pass.
+    Without a watch the ranks have not met yet: nobody can be told, and the run folder is not this job's yet.
     """
     message, code = explain(error, watch)
-    watch.failed(message, code)
+    if watch is not None:
+        watch.failed(message, code)
     if code == FAILED:
         log.error("train.py: %s", message)
     else:
         log.error(
             "train.py: %s; ending with code %d: start it again, it goes on from the last checkpoint", message, code
         )
-    if rank.is_main and not isinstance(error, RunIsLocked):
+    if watch is not None and watch.rank.is_main and not isinstance(error, RunIsLocked):
         path = Path(config.run) / "status.json"
         try:
             status = json.loads(path.read_text()) if path.exists() else {}
@@ -44,9 +47,9 @@ def report(error: Exception, config: TrainConfig, rank: Rank, watch: Watch) -> i
     return code
 
 
-def explain(error: Exception, watch: Watch) -> tuple[str, int]:
+def explain(error: Exception, watch: Watch | None) -> tuple[str, int]:
     """A sentence for the person, without any text of a record, and the exit code."""
-    where = f"rank {watch.rank.index} was {watch.doing_now}"
+    where = f"rank {watch.rank.index} was {watch.doing_now}" if watch else "while the ranks met"
     if isinstance(error, ValueError):
         return str(error), FAILED
     if isinstance(error, torch.OutOfMemoryError):
@@ -55,7 +58,10 @@ def explain(error: Exception, watch: Watch) -> tuple[str, int]:
         return f"out of host memory, {where}: try {LESS_MEMORY}, or fewer ranks a node, each builds the model", FAILED
     if isinstance(error, OSError):
         return f"{error} ({where})", RUN_ME_AGAIN
-    if isinstance(error, RuntimeError) and watch.rank.world > 1 and _is_lost_peer(error):
+    if watch is None and isinstance(error, torch.distributed.DistError):
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return f"the ranks did not meet at {address}: {str(error).splitlines()[0]}", RUN_ME_AGAIN
+    if watch and isinstance(error, RuntimeError) and watch.rank.world > 1 and _is_lost_peer(error):
         why, code = watch.explain()
         return f"{why}; {where}", code
     log.error("%s", "".join(traceback.format_exception(error)))

@@ -61,9 +61,9 @@ class Watch:
         return f"{self._doing} in step {self._step}" if self._step else self._doing
 
     def close(self) -> None:
-        """Ends the watching, before the ranks part."""
+        """Ends the watching, once all ranks have done everything."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(3 * self.every_s)  # not for ever: rank 0, which is asked for the store, may be stopped
 
     def failed(self, reason: str, code: int) -> None:
         """Leaves word for the other ranks why this one ends, and with which code."""
@@ -104,7 +104,8 @@ class Watch:
                 if is_looking:
                     self._look()
             except RuntimeError:
-                if stuck_s > 3 * self.every_s and not self._closed.is_set():
+                # A rank 0 that has done everything goes as well: leaves the main thread the time to close the watch.
+                if stuck_s > 3 * self.every_s and not self._closed.wait(self.every_s):
                     self._end(self._store_gone())
                 continue
             # A rank that beats no more is given no longer time, whatever is being done: its beat is a thread's.
