@@ -6,7 +6,6 @@ not, but costs time or is easily overlooked.
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import json
 import os
@@ -51,8 +50,8 @@ class DoctorOptions:
     """Run folder, new or to go on with. If it was begun, its frozen towers are loaded and compared."""
     deepspeed_config: str | None = None
     """DeepSpeed JSON."""
-    preset: str = "tiny"
-    """Model of the job."""
+    preset: str | None = None
+    """Model of the job. Without it: the one that the run was begun with, of a new run `tiny`."""
     lm: str | None = None
     """Another language model than the preset's, as in train.py."""
     patch_edge: int | None = None
@@ -67,7 +66,7 @@ class DoctorOptions:
     """Print a JSON list instead of the table."""
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
+        if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
         if self.ranks is not None and self.ranks < 1:
             raise ValueError(f"--ranks must be at least 1, not {self.ranks}")
@@ -91,23 +90,13 @@ def doctor(options: DoctorOptions) -> int:
     from medblip.distributed import log
 
     log.setLevel(logging.WARNING)
-    names = ("preset", "lm", "patch_edge", "global_batch", "micro_batch")
-    config = TrainConfig(
-        data=options.data or "",
-        run=options.run or "",
-        deepspeed_config=options.deepspeed_config or "",
-        **{name: getattr(options, name) for name in names},
-    )
-    if options.run and (begun := _stored(Path(options.run))):
-        # A run that was begun knows its options; those that are given here must be the same.
-        config = dataclasses.replace(
-            TrainConfig(**begun["train"]),
-            data=options.data or begun["train"]["data"],
-            run=options.run,
-            deepspeed_config=options.deepspeed_config or begun["train"]["deepspeed_config"],
-            **{name: getattr(options, name) for name in names if getattr(options, name) not in (None, "tiny")},
-        )
-    findings = examine(config, options.ranks or max(1, torch.cuda.device_count()), is_ours=False)
+    names = ("data", "run", "deepspeed_config", "preset", "lm", "patch_edge", "global_batch", "micro_batch")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    findings: list[Finding] = []
+    config = TrainConfig(**{"data": "", "run": "", "deepspeed_config": ""} | given)
+    if config.run:
+        config = _ask(findings, "config.json", _begun_with(Path(config.run), given)) or config
+    findings += examine(config, options.ranks or max(1, torch.cuda.device_count()), is_ours=False)
     if config.run:
         _ask(findings, "run lock", _lock(Path(config.run)))
         _ask(findings, "frozen towers", _fingerprints(config))
@@ -167,7 +156,10 @@ def examine(config: TrainConfig, ranks: int, is_ours: bool) -> list[Finding]:
 
 
 def _ask(findings: list[Finding], about: str, question: Generator[Finding, None, Read]) -> Read | None:
-    """Adds the answers to a question and returns what it read; what it raises is an answer, its advice in the words."""
+    """Adds the answers to a question and returns what it read; what it raises is an answer, its advice in the words.
+
+    An error that no question is known to raise is only a warning: it may be the question that is at fault.
+    """
     try:
         while True:
             findings.append(next(question))
@@ -175,7 +167,10 @@ def _ask(findings: list[Finding], about: str, question: Generator[Finding, None,
         return end.value
     except (ValueError, OSError) as error:
         findings.append(Finding(about, FAIL, str(error)))
-        return None
+    except Exception as error:
+        found = f"could not be looked at ({type(error).__name__}: {error})"
+        findings.append(Finding(about, WARNING, found, "everything else was; the job may meet this too"))
+    return None
 
 
 def _device(ranks: int) -> Iterator[Finding]:
@@ -239,23 +234,34 @@ def _rendezvous(ranks: int, is_ours: bool) -> Iterator[Finding]:
 
 
 def _run_folder(run: Path) -> Iterator[Finding]:
-    run.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=run) as file:
-        file.write(b"-")
+    _try_writing(run)
     status = run / "status.json"
     found = "new"
     if status.exists():
-        says = json.loads(status.read_text())
+        says = _read_json(status)
+        if says is None:
+            advice = "nothing to do: it is only a report, which the next job writes anew"
+            yield Finding("run folder", WARNING, f"{status} is damaged", advice)
+            return
         found = f"{says.get('state')} at step {says.get('step')} of {says.get('steps')}, saved {says.get('saved')}"
         found += f"; it ended with: {says['error']}" if says.get("error") else ""
     yield Finding("run folder", OK, f"{run}: {found}")
 
 
+def _begun_with(run: Path, given: dict[str, Any]) -> Generator[Finding, None, TrainConfig | None]:
+    """Returns the options of a run that was begun; those that are given go first, and must be the same."""
+    yield from ()
+    begun = _stored(run)
+    return TrainConfig(**begun["train"] | given) if begun else None
+
+
 def _lock(run: Path) -> Iterator[Finding]:
     from medblip.progress import lock
 
-    with lock(run):
-        yield Finding("run lock", OK, "no other job trains here")
+    if (run / ".lock").exists():  # else no job has trained here yet; nothing is made by looking
+        with lock(run):
+            pass
+    yield Finding("run lock", OK, "no other job trains here")
 
 
 def _options(config: TrainConfig, ranks: int) -> Generator[Finding, None, TrainConfig]:
@@ -283,7 +289,8 @@ def _shards(config: TrainConfig) -> Generator[Finding, None, ShardIndex]:
         )
     begun = _stored(Path(config.run)) if config.run else None
     if begun and (differing := recipe_differences(index.recipe, begun["recipe"])):
-        yield Finding("shards", FAIL, f"another recipe than the run's: {'; '.join(differing)}", "take its shards")
+        advice = "give the shards that the run was trained on, or a new --run"
+        yield Finding("shards", FAIL, f"another recipe than the run's: {'; '.join(differing)}", advice)
     return index
 
 
@@ -312,7 +319,8 @@ def _towers(config: TrainConfig) -> Iterator[Finding]:
     for part in ("vision", "qformer", "language"):
         source = getattr(model, part)
         if source.startswith("tiny/"):
-            towers.home().mkdir(parents=True, exist_ok=True)
+            if not towers.home().exists():
+                _try_writing(towers.home())
             yield Finding(f"{part} tower", OK, f"{source}, made here once from a seed in {towers.home()}")
             continue
         try:
@@ -341,10 +349,8 @@ def _nvme(engine: dict[str, Any]) -> Iterator[Finding]:
     folder = nvme_of(engine)
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"-")
-    yield Finding("NVMe offload", OK, f"{folder}, {_gb(shutil.disk_usage(folder).free)} free")
+    free_bytes = shutil.disk_usage(_try_writing(folder)).free
+    yield Finding("NVMe offload", OK, f"{folder}, {_gb(free_bytes)} free")
     if not any(map(os.path.exists, LIBAIO_HEADERS)):
         advice = "on Debian: apt-get install libaio-dev (DeepSpeed builds its op async_io with it)"
         yield Finding("NVMe offload", FAIL, "libaio.h is not here", advice)
@@ -392,7 +398,8 @@ def _room(config: TrainConfig, ranks: int, engine: dict[str, Any], index: Any) -
         sizes = [sum(f.stat().st_size for f in folder.iterdir()) for folder in (run / "checkpoints").glob("step-*")]
         checkpoint_bytes = max([12 * plan.count(model).trained if model else 50_000_000, *sizes])
         # One is being written while those that are kept, and the best one, are still there.
-        needed, free = (config.keep_checkpoints + 2) * checkpoint_bytes - sum(sizes), shutil.disk_usage(run).free
+        needed = (config.keep_checkpoints + 2) * checkpoint_bytes - sum(sizes)
+        free = shutil.disk_usage(_nearest(run)).free
         is_short = needed > free
         found = f"{_gb(free)} free, checkpoints of {_gb(checkpoint_bytes)} take {_gb(max(0, needed))} more"
         yield Finding("disk", FAIL if is_short else OK, found, "free some, or a lower --keep-checkpoints" * is_short)
@@ -417,19 +424,56 @@ def _fingerprints(config: TrainConfig) -> Iterator[Finding]:
 
 
 def _stored(run: Path) -> dict[str, Any] | None:
-    """config.json of a run that was begun."""
-    path = run / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    """config.json of a run that was begun. A damaged one is `keep_schedule`'s to refuse, once there are checkpoints."""
+    return _read_json(run / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or what is there of the path to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _try_writing(folder: Path) -> Path:
+    """Writes where the folder is or will be made, leaves nothing behind, and returns that place."""
+    nearest = _nearest(folder)
+    with tempfile.TemporaryFile(dir=nearest) as file:
+        file.write(b"-")
+    return nearest
 
 
 def _available_bytes() -> int:
+    """Host memory that this process may still take: the node's, or less where a container or a Slurm job is limited."""
     with open("/proc/meminfo") as file:
         values = dict(line.split(":") for line in file)
-    available = int(values["MemAvailable"].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container or a Slurm job
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text))
-    return available
+    return min([int(values["MemAvailable"].split()[0]) * 1024, *_memory_limits()])
+
+
+def _memory_limits(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Memory limits in bytes of this process' control group and of all groups above it, of cgroup v2 and v1."""
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, file = mounted, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, file = mounted / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / name.lstrip("/")
+        for folder in (group, *group.parents):
+            # In a container the groups above its own are not there.
+            if folder.is_relative_to(root) and (folder / file).is_file():
+                text = (folder / file).read_text().strip()
+                if text.isdigit():  # not `max`
+                    yield int(text)
 
 
 def _gb(size_bytes: float) -> str:

@@ -82,6 +82,65 @@ def test_a_run_folder_that_cannot_be_written_is_told(job, tmp_path):
     assert "run folder" in faults(dataclasses.replace(job, run=str(tmp_path / "file/run")))
 
 
+@pytest.mark.parametrize("content", ['{"state": "trai', "[1, 2]", "\0\xff"])
+def test_a_damaged_status_is_said_and_stops_nothing(job, content):
+    Path(job.run).mkdir()
+    (Path(job.run) / "status.json").write_text(content)
+    assert not faults(job)
+    (told,) = examine(job)["run folder"]
+    assert told.state == WARNING and "status.json is damaged" in told.found
+
+
+def test_a_check_that_breaks_is_named_and_the_others_are_made(job, monkeypatch):
+    def broken(config):
+        yield Finding("network", OK, "so far")
+        raise KeyError("rack")
+
+    monkeypatch.setattr(doctor, "_network", broken)
+    found = examine(job)
+    assert (
+        found["network"][1].state == WARNING
+        and "could not be looked at (KeyError: 'rack')" in found["network"][1].found
+    )
+    assert "disk" in found
+
+
+def test_other_shards_than_the_runs_are_named_with_both_values(job, made_up_shards):
+    recipe = json.loads((made_up_shards / "index.json").read_text())["recipe"]
+    Path(job.run).mkdir()
+    before = {"recipe": recipe | {"spacing_mm": 9.0}}
+    (Path(job.run) / "config.json").write_text(json.dumps(before))
+    told = faults(job)
+    assert f"spacing_mm is {recipe['spacing_mm']} in the shards and 9.0 in the model" in told
+    assert "give the shards that the run was trained on, or a new --run" in told
+
+
+def test_looking_makes_no_folder(job, tmp_path):
+    engine = json.loads((ROOT / "ds_configs/zero3_nvme.json").read_text())
+    engine["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path / "local/nvme")
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    found = examine(dataclasses.replace(job, deepspeed_config=str(tmp_path / "engine.json")))
+    assert found["NVMe offload"][0].state == OK and found["run folder"][0].found.endswith("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["engine.json"]
+
+
+def test_the_lowest_memory_limit_of_all_groups_above_counts(tmp_path):
+    (tmp_path / "one/two").mkdir(parents=True)
+    (tmp_path / "memory/job_7/step_0").mkdir(parents=True)
+    (tmp_path / "one/memory.max").write_text("5000\n")
+    (tmp_path / "one/two/memory.max").write_text("max\n")
+    (tmp_path / "memory/job_7/memory.limit_in_bytes").write_text("3000\n")
+    (tmp_path / "memory/job_7/step_0/memory.limit_in_bytes").write_text("9223372036854771712\n")
+    groups = tmp_path / "cgroup"
+    for lines, limits in (
+        ("0::/one/two\n", [5000]),
+        ("4:cpu,memory:/job_7/step_0\n1:name=systemd:/one/two\n", [9223372036854771712, 3000]),
+        ("0::/not/seen/in/a/container\n", []),
+    ):
+        groups.write_text(lines)
+        assert list(doctor._memory_limits(groups, tmp_path)) == limits
+
+
 def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(job, monkeypatch, tmp_path):
     monkeypatch.setenv("MEDBLIP_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HOME", raising=False)

@@ -155,7 +155,12 @@ def run_folder_cases() -> list[Case]:
     return [
         Case(row, "metrics and ledger torn in a step that no checkpoint has", ("going on from",), tear),
         Case(row, "the ledger lost the checkpoint's step", ("step 7 is not whole",), lose, then=found_by_the_ledger),
-        Case(row, "status.json truncated", ("going on from",), lambda run, _: truncate(run / "status.json")),
+        Case(
+            row,
+            "status.json truncated",
+            ("status.json is damaged", "going on from"),
+            lambda run, _: truncate(run / "status.json"),
+        ),
         Case(row, "config.json truncated", ("config.json",), lambda run, _: truncate(run / "config.json"), 1),
         Case(row, "config.json missing", ("config.json",), lambda run, _: (run / "config.json").unlink(), 1),
     ]
@@ -177,7 +182,13 @@ def other_cases() -> list[Case]:
         Case(row, "another tier", ("--ehr was demographics, now none",), code=1, options=("--ehr", "none")),
         Case(row, "more steps", ("steps was 10, now 20",), code=1, options=("--steps", 20)),
         Case(row, "another global batch", ("global_batch was 4, now 8",), code=1, options=("--global-batch", 8)),
-        Case(row, "another recipe", ("recipe was {'spacing_mm'", "now {'spacing_mm': 6.5}"), other_recipe, 1),
+        Case(
+            row,
+            "another recipe",
+            ("spacing_mm is 6.5 in the shards and 7.0 in the model", "give the shards that the run was trained on"),
+            other_recipe,
+            1,
+        ),
         Case(row, "a training sample less", ("train_keys was",), other_samples, 1),
         Case(row, "another frozen tower", ("frozen was {'vision'",), code=1, prepare=_spoil_tower),
     ]
@@ -338,10 +349,20 @@ def storage_cases() -> list[Case]:
         Case(
             row,
             "a full file system of 12 MB",
-            ("could not be written", "No space left"),
-            code=86,
+            ("0.0 GB free, checkpoints of", "free some, or a lower --keep-checkpoints"),
+            code=1,
             is_fresh=True,
             mount="size=12m",
+            is_again=True,
+        ),
+        Case(
+            row,
+            "a file system that fills up after the first save",
+            ("step 6 could not be written", "No space left", "last checkpoint"),
+            code=86,
+            is_fresh=True,
+            mount="size=300m",
+            prepare=_fill_up,
             is_again=True,
         ),
         Case(
@@ -434,6 +455,19 @@ def _failing_read(rank: int) -> None:
     before(Reader, "_fill", fail)
 
 
+def _fill_up(rank: int) -> None:
+    """Somebody else's file takes all the space that is left."""
+    from medblip import checkpoint
+
+    def fill(run, tensors, state):
+        if state["step"] == 6:
+            with open(run.parent / "somebody-elses", "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(run).free)
+
+    if rank == 0:
+        before(checkpoint, "write_folder", fill)
+
+
 def _turn_read_only(rank: int) -> None:
     from medblip import checkpoint
 
@@ -495,7 +529,7 @@ def play(bench: Bench, begun: tuple[Path, Path], case: Case, number: int) -> Out
         if case.is_again:
             if case.mount:  # the disk is mended
                 subprocess.run(["umount", str(run / "checkpoints")], capture_output=True)
-                subprocess.run(["mount", "-o", "remount,size=400m", str(run.parent)], check=True)
+                subprocess.run(["mount", "-o", "remount,size=700m", str(run.parent)], check=True)
             starts.append(start(arguments, LAYOUT, folder / "start-2"))
         if case.then:
             outcome.wrong += case.then(run)
