@@ -115,6 +115,21 @@ def test_other_shards_than_the_runs_are_named_with_both_values(job, made_up_shar
     assert "give the shards that the run was trained on, or a new --run" in told
 
 
+def test_a_begun_runs_preset_is_known_and_another_is_refused_also_if_it_is_tiny(job, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_fingerprints", lambda config: iter(()))  # they take a trained run
+    (Path(job.run) / "checkpoints/step-1").mkdir(parents=True)
+    begun = {
+        "train": dataclasses.asdict(job) | {"preset": "tiny-t5"},
+        "schedule": {"steps": 2, "global_batch": 4, "accumulation": 2},
+        "recipe": json.loads((Path(job.data) / "index.json").read_text())["recipe"],
+    }
+    (Path(job.run) / "config.json").write_text(json.dumps(begun))
+    assert doctor.doctor(doctor.DoctorOptions(run=job.run)) == 0
+    assert "global batch 4" in capsys.readouterr().out
+    assert doctor.doctor(doctor.DoctorOptions(run=job.run, preset="tiny")) == 1
+    assert "--preset was tiny-t5, now tiny" in capsys.readouterr().out
+
+
 def test_looking_makes_no_folder(job, tmp_path):
     engine = json.loads((ROOT / "ds_configs/zero3_nvme.json").read_text())
     engine["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path / "local/nvme")

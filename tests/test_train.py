@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -232,6 +233,18 @@ def test_two_jobs_never_train_in_one_run_folder(made_up_shards, tmp_path):
     refused = run_training(made_up_shards, tmp_path / "run", "--steps", 2, code=1)
     assert "another job is training here" in refused.stderr
     held.close()
+
+
+def test_ranks_that_cannot_meet_say_where_and_end_with_86(made_up_shards, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        done = run_training(made_up_shards, tmp_path / "run", code=86, environment=ranks | address)
+    assert f"the ranks did not meet at 127.0.0.1:{address['MASTER_PORT']}" in done.stderr
+    assert "in use" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_usage_is_exit_code_2_with_the_nearest_name(made_up_shards, tmp_path):
