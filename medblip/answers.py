@@ -1,6 +1,7 @@
 """How good written answers are: closed questions, numbers and free words, each by what its kind allows.
 
 All scores are means over answers, so that their intervals are, too: subjects are redrawn with all their answers.
+Answers that are all right or all wrong have exact limits (bootstrap.py), so that few subjects are seen as few.
 N answers, D draws.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medblip.bootstrap import draw_weights, interval
+from medblip.bootstrap import draw_weights, interval, share_interval
 from medblip.text import Question
 
 TOLERANCE = 5.0
@@ -55,7 +56,9 @@ def score_answers(
     intervals: dict[str, Any] = dict.fromkeys(values)
     if len(set(subjects)) > 1:
         weight_DN = draw_weights(np.zeros(len(truths), dtype=int), subjects, num_draws, seed)
-        intervals = {name: interval(_weighted_mean(weight_DN, v_N)) for name, v_N in values.items()}
+        intervals = {name: share_interval(v_N, subjects, weight_DN) for name, v_N in values.items() if name != "mae"}
+        if "mae" in values:  # the others lie between 0 and 1
+            intervals["mae"] = interval(_weighted_mean(weight_DN, values["mae"]))
     return {"n": len(truths)} | means | rest | {"ci95": intervals}
 
 

@@ -145,8 +145,11 @@ def _statistics(report: Report) -> list[str]:
     if any(arm.get("balanced_accuracy") is not None for arm in arms):
         found += [
             "Scores are balanced accuracy, macro-averaged one-versus-rest AUC and macro F1 [@pedregosa2011scikit].",
-            f"Intervals are percentiles of {_known(report.get('bootstrap'))} bootstrap draws of subjects with all "
-            f"their scans [@efron1993bootstrap], seed {_known(report.get('seed'))}.",
+            f"Intervals come from {_known(report.get('bootstrap'))} bootstrap draws of subjects with all their "
+            f"scans [@efron1993bootstrap], within classes, seed {_known(report.get('seed'))}: percentiles, and exact "
+            "limits [@clopper1934limits] where a proportion touches 0 or 1; those of recalls put together in "
+            "quadrature for balanced accuracy and macro F1 [@zou2008limits]; for an AUC, the logit with the draws' "
+            "standard deviation, and where it is 1, the limit of [@newcombe2006mannwhitney].",
         ]
     if any(arm.get("brier") is not None for arm in arms):
         found.append(

@@ -16,7 +16,16 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score, roc_curve
 
-from medblip.bootstrap import draw_weights, interval, two_sided_p
+from medblip.bootstrap import (
+    auc_interval,
+    draw_weights,
+    exact_interval,
+    interval,
+    perfect_auc_limit,
+    share_interval,
+    two_sided_p,
+    widened,
+)
 
 NUM_BINS = 10
 """Of equal width between 0 and 1, for ECE and the reliability curve."""
@@ -55,9 +64,10 @@ def score(
         over classes; the plain AUC for two); `macro_f1`; `recall` and `specificity` by class; `confusion` (row: truth,
         column: most probable class, the first of equals); `ece`, `brier`, `reliability` as in `calibration`;
         `ece_if_calibrated`: the mean ECE that so few scans give where the probabilities are true; `roc` by class; and
-        `ci95`: intervals of SCORED with the number of draws that they rest on. ECE has none: redrawing scans biases
-        it upwards. A class that does not occur has recall and roc None and is left out of the means. With a single
-        class all scores are None; an interval is None where a class has fewer than two subjects.
+        `ci95`: intervals of SCORED, and of `recall` and `specificity` by class, with the number of draws that they
+        rest on. ECE has none: redrawing scans biases it upwards. A class that does not occur has recall and roc None
+        and is left out of the means. With a single class all scores are None; an interval is None where a class has
+        fewer than two subjects.
 
     Raises:
         ValueError: naming the row of a probability that is none, of a sum other than 1, or of an unknown diagnosis.
@@ -74,7 +84,7 @@ def score(
     right_K, true_K, told_K = confusion_KK.diagonal(), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     true_negative_K = len(truth_N) - true_K - told_K + right_K
     columns = _columns(occurring, len(classes))
-    draws = _redrawn(truth_N, p_NK, subjects, num_draws, seed)
+    weight_DN = _drawn(truth_N, subjects, num_draws, seed)
     return found | {
         "balanced_accuracy": float(np.mean(right_K[occurring] / true_K[occurring])),
         "macro_auc": float(np.mean([roc_auc_score(truth_N == column, p_NK[:, column]) for column in columns])),
@@ -85,8 +95,7 @@ def score(
         **_calibration(truth_N, p_NK),
         "ece_if_calibrated": _ece_if_calibrated(p_NK, seed),
         "roc": {c: _roc(truth_N == k, p_NK[:, k]) if true_K[k] else None for k, c in enumerate(classes)},
-        "ci95": {name: interval(draws[name]) if draws else None for name in SCORED}
-        | {"draws": int((~np.isnan(draws["macro_auc"])).sum()) if draws else 0},
+        "ci95": _intervals(truth_N, p_NK, classes, subjects, weight_DN),
     }
 
 
@@ -122,16 +131,20 @@ def compare(
     if len(np.unique(truth_N)) < 2:
         return {name: dict.fromkeys(("difference", "ci95", "p_value")) for name in COMPARED}
     a, b = _once(truth_N, a_NK), _once(truth_N, b_NK)
-    draws_a = _redrawn(truth_N, a_NK, subjects, num_draws, seed)
-    draws_b = _redrawn(truth_N, b_NK, subjects, num_draws, seed)
-    return {
-        name: {
-            "difference": a[name] - b[name],
-            "ci95": interval(draws_a[name] - draws_b[name]) if draws_a else None,
-            "p_value": two_sided_p(draws_a[name] - draws_b[name]) if draws_a else None,
-        }
-        for name in COMPARED
-    }
+    weight_DN = _drawn(truth_N, subjects, num_draws, seed)
+    if weight_DN is None:
+        return {name: {"difference": a[name] - b[name], "ci95": None, "p_value": None} for name in COMPARED}
+    draws_a, draws_b = (weighted_scores(truth_N, p_NK, weight_DN) for p_NK in (a_NK, b_NK))
+    beyond_a, beyond_b = (beyond_draws(truth_N, p_NK, subjects) for p_NK in (a_NK, b_NK))
+    found = {}
+    for name in COMPARED:
+        difference, difference_D = a[name] - b[name], draws_a[name] - draws_b[name]
+        drawn = interval(difference_D)
+        if not np.array_equal(a_NK, b_NK):
+            (below_a, above_a), (below_b, above_b) = beyond_a[name], beyond_b[name]
+            drawn = widened(difference, drawn, math.hypot(below_a, above_b), math.hypot(above_a, below_b))
+        found[name] = {"difference": difference, "ci95": drawn, "p_value": two_sided_p(difference_D)}
+    return found
 
 
 def age_matched(
@@ -184,11 +197,13 @@ def age_matched(
     is_last_N = truth_N[pairs] == last
     times_DP = np.random.default_rng(seed).multinomial(len(low), np.full(len(low), 1 / len(low)), size=num_draws)
     auc_D = _weighted_auc(np.tile(times_DP, 2).astype(np.float64), score_N, is_last_N)
+    auc = float(roc_auc_score(is_last_N, score_N))
+    beyond = _beyond_auc(auc, len(low), len(low))
     return {
         "pairs": len(low),
         "caliper_years": caliper_years,
-        "macro_auc": float(roc_auc_score(is_last_N, score_N)),
-        "ci95": {"macro_auc": interval(auc_D) if len(low) > 1 else None},
+        "macro_auc": auc,
+        "ci95": {"macro_auc": widened(auc, auc_interval(auc, auc_D), *beyond) if len(low) > 1 else None},
     }
 
 
@@ -241,12 +256,111 @@ def _columns(occurring: NDArray, num_classes: int) -> list[int]:
     return [1] if num_classes == 2 else occurring.tolist()
 
 
-def _redrawn(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str], num_draws: int, seed: int) -> dict | None:
-    """SCORED of each draw, `D`; None where a class has fewer than two subjects, so that nothing varies."""
+def _drawn(truth_N: NDArray, subjects: Sequence[str], num_draws: int, seed: int) -> NDArray | None:
+    """Weights of the draws, `D N`; None where a class has fewer than two subjects, so that nothing varies."""
     names = np.asarray(subjects)
     if any(len(np.unique(names[truth_N == k])) < 2 for k in np.unique(truth_N)):
         return None
-    return weighted_scores(truth_N, p_NK, draw_weights(truth_N, subjects, num_draws, seed))
+    return draw_weights(truth_N, subjects, num_draws, seed)
+
+
+def _intervals(
+    truth_N: NDArray, p_NK: NDArray, classes: Sequence[str], subjects: Sequence[str], weight_DN: NDArray | None
+) -> dict[str, Any]:
+    """`ci95` of `score`."""
+    if weight_DN is None:
+        return dict.fromkeys((*SCORED, "recall", "specificity")) | {"draws": 0}
+    once, draws = _once(truth_N, p_NK), weighted_scores(truth_N, p_NK, weight_DN)
+    told_N, names, labels = p_NK.argmax(axis=1), np.asarray(subjects), range(len(classes))
+
+    def share(is_right_N: NDArray, of_N: NDArray) -> list[float] | None:
+        return share_interval(is_right_N[of_N].astype(float), names[of_N], weight_DN[:, of_N]) if of_N.any() else None
+
+    recalls = [share(told_N == k, truth_N == k) for k in labels]
+    of_recalls = {name: interval(draws[name]) for name in ("balanced_accuracy", "macro_f1")}
+    if not _is_constant(p_NK):
+        of_recalls = _from_recalls(confusion_matrix(truth_N, told_N, labels=labels).astype(float), recalls)
+    return of_recalls | {
+        "macro_auc": widened(
+            once["macro_auc"],
+            auc_interval(once["macro_auc"], draws["macro_auc"]),
+            *_auc_beyond(truth_N, p_NK, subjects),
+        ),
+        "brier": interval(draws["brier"]),
+        "recall": dict(zip(classes, recalls, strict=True)),
+        "specificity": {c: share(told_N != k, truth_N != k) for k, c in enumerate(classes)},
+        "draws": int((~np.isnan(draws["macro_auc"])).sum()),
+    }
+
+
+def _is_constant(p_NK: NDArray) -> bool:
+    """What does not depend on the scan is at chance whoever the subjects are: its interval needs no width."""
+    return bool((p_NK == p_NK[0]).all())
+
+
+def _from_recalls(confusion_KK: NDArray, recalls: list[list[float] | None]) -> dict[str, list[float]]:
+    """The intervals of balanced accuracy and macro F1 from those of the recalls.
+
+    Classes have different subjects, so their recalls are independent: each in turn is moved to its limits, and the
+    distances by which the score moves are put together in quadrature (Zou & Donner 2008, Statistics in Medicine
+    27:1693). Scans that a class loses are told as the class that lowers the score the most.
+    """
+    occurring = [k for k, limits in enumerate(recalls) if limits is not None]
+
+    def scores(found_KK: NDArray) -> NDArray:
+        right_K, true_K, told_K = (n_K[occurring] for n_K in (found_KK.diagonal(), found_KK.sum(1), found_KK.sum(0)))
+        return np.array([(right_K / true_K).mean(), (2 * right_K / (true_K + told_K)).mean()])
+
+    now = scores(confusion_KK)
+    below, above = np.zeros(2), np.zeros(2)
+    for k in occurring:
+        low, high = recalls[k]
+        recall = confusion_KK[k, k] / confusion_KK[k].sum()
+        worse = [now]
+        for told in {*range(len(recalls))} - {k}:
+            lost_KK = confusion_KK.copy()
+            lost_KK[k] *= low / recall if recall else 1.0
+            lost_KK[k, told] += confusion_KK[k].sum() - lost_KK[k].sum()
+            worse.append(scores(lost_KK))
+        won_KK = confusion_KK.copy()
+        won_KK[k] *= (1 - high) / (1 - recall) if recall < 1 else 1.0
+        won_KK[k, k] += confusion_KK[k].sum() - won_KK[k].sum()
+        below += (now - np.min(worse, axis=0)) ** 2
+        above += np.maximum(0, scores(won_KK) - now) ** 2
+    limits = np.stack([now - np.sqrt(below), now + np.sqrt(above)], axis=1)
+    return dict(zip(("balanced_accuracy", "macro_f1"), limits.tolist(), strict=True))
+
+
+def beyond_draws(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """How far COMPARED may lie below and above for what is the same in every draw, however few the subjects are."""
+    if _is_constant(p_NK):
+        return dict.fromkeys(COMPARED, (0.0, 0.0))
+    occurring, names, is_right_N = np.unique(truth_N), np.asarray(subjects), p_NK.argmax(axis=1) == truth_N
+    squares = np.zeros(2)
+    for k in occurring:
+        of_N = truth_N == k
+        if (recall := is_right_N[of_N].mean()) in (0, 1):
+            low, high = exact_interval(recall, len(np.unique(names[of_N])))
+            squares += np.square([recall - low, high - recall]) / len(occurring) ** 2
+    return {
+        "balanced_accuracy": tuple(np.sqrt(squares).tolist()),
+        "macro_auc": _auc_beyond(truth_N, p_NK, subjects),
+    }
+
+
+def _auc_beyond(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str]) -> tuple[float, float]:
+    """How far macro AUC may lie below and above for those classes whose AUC is at a bound, in quadrature."""
+    columns, names, squares = _columns(np.unique(truth_N), p_NK.shape[1]), np.asarray(subjects), np.zeros(2)
+    for k in columns:
+        sizes = [len(np.unique(names[of_N])) for of_N in (truth_N == k, truth_N != k)]
+        squares += np.square(_beyond_auc(float(roc_auc_score(truth_N == k, p_NK[:, k])), *sizes)) / len(columns) ** 2
+    return tuple(np.sqrt(squares).tolist())
+
+
+def _beyond_auc(auc: float, num_subjects: int, num_others: int) -> tuple[float, float]:
+    """How far an AUC may lie below and above, if it is at a bound."""
+    reach = 1 - perfect_auc_limit(num_subjects, num_others) if auc in (0, 1) else 0.0
+    return (reach, 0.0) if auc == 1 else (0.0, reach)
 
 
 def weighted_scores(truth_N: NDArray, p_NK: NDArray, weight_DN: NDArray) -> dict[str, NDArray]:

@@ -181,11 +181,22 @@ def _confusions(arms: dict[str, Scores]) -> list[Block]:
     classes = next(iter(scored.values()))["classes"]
     rows = [
         [name, diagnosis, *map(str, counts)]
-        + [number((arm.get(rate) or {}).get(diagnosis)) for rate in ("recall", "specificity")]
+        + [
+            with_interval(
+                (arm.get(rate) or {}).get(diagnosis), ((arm.get("ci95") or {}).get(rate) or {}).get(diagnosis)
+            )
+            for rate in ("recall", "specificity")
+        ]
         for name, arm in scored.items()
         for diagnosis, counts in zip(arm["classes"], arm["confusion"], strict=True)
     ]
-    head = ("arm", "diagnosis", *(f"answer {name}" for name in classes), "sensitivity", "specificity")
+    head = (
+        "arm",
+        "diagnosis",
+        *(f"answer {name}" for name in classes),
+        "sensitivity [95 % CI]",
+        "specificity [95 % CI]",
+    )
     return [Heading(3, "Confusion; a shuffled arm counts each scan once per round"), Table(head, rows)]
 
 
@@ -279,8 +290,8 @@ def _provenance(report: Report) -> list[Block]:
         ["record tier", report["ehr"]],
         ["scans", "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in counts.items())],
         *([["rule", rule_text(rule)]] if rule else []),
-        ["intervals", f"95 %, percentiles of {report.get('bootstrap')} draws of subjects with all their scans, seed "
-         f"{report.get('seed')}"],
+        ["intervals", f"95 %, from {report.get('bootstrap')} draws of subjects with all their scans, seed "
+         f"{report.get('seed')}; exact limits for few subjects who are all right or all wrong"],
     ]  # fmt: skip
     rows += [[f"arm {name}", f"{arm['image']}, {'the record' if arm['record'] else 'no record'}"]
              for name, arm in report["arms"].items()]  # fmt: skip

@@ -116,6 +116,11 @@ def test_intervals_move_whole_subjects():
     assert np.ptp(together["ci95"]["accuracy"]) > 1.6 * np.ptp(apart["ci95"]["accuracy"])
 
 
+def test_all_right_in_few_subjects_is_no_certainty():
+    found = score_answers(QUESTIONS["demented"], ["yes", "no"] * 4, ["yes", "no"] * 4, list("abcdefgh"), 200, 0)
+    assert found["accuracy"] == 1 and found["ci95"]["accuracy"] == pytest.approx([0.025 ** (1 / 8), 1])
+
+
 @pytest.mark.parametrize("kind", ["demented", "age", "extent"])
 def test_no_answers_have_no_scores(kind):
     found = score_answers(QUESTIONS[kind], [], [], [], 100, 0)

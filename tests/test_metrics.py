@@ -180,13 +180,79 @@ def test_one_class_alone_has_no_score():
 def test_a_class_with_one_subject_has_scores_and_no_interval():
     found = score(TRUTH[:5], P[:5], CLASSES, list("abcde"), 100, seed=0)
     assert found["macro_auc"] is not None
-    assert found["ci95"] == dict.fromkeys(SCORED) | {"draws": 0}
+    assert found["ci95"] == dict.fromkeys((*SCORED, "recall", "specificity")) | {"draws": 0}
     assert compare(TRUTH[:5], P[:5], P[:5], CLASSES, list("abcde"), 100, 0)["macro_auc"]["p_value"] is None
 
 
 def test_one_subject_that_changes_class_has_scores_and_no_interval():
     found = score(["CN", "AD"], [[0.9, 0.1], [0.4, 0.6]], ["CN", "AD"], ["a", "a"], 100, seed=0)
     assert found["balanced_accuracy"] == 1 and found["ci95"]["macro_auc"] is None
+
+
+def all_right(num_subjects, classes, wrong=()):
+    """Each scan of its own subject; the true class has the highest probability, except in the rows `wrong`."""
+    truth_N = np.arange(num_subjects) % len(classes)
+    told_N = truth_N.copy()
+    told_N[list(wrong)] = (truth_N[list(wrong)] + 1) % len(classes)
+    p_NK = np.full((num_subjects, len(classes)), 0.1)
+    p_NK[np.arange(num_subjects), told_N] = 1 - 0.1 * (len(classes) - 1)
+    return [classes[k] for k in truth_N], p_NK, classes, [str(n) for n in range(num_subjects)]
+
+
+@pytest.mark.parametrize("classes", [["CN", "AD"], CLASSES])
+def test_all_right_in_few_subjects_is_no_certainty(classes):
+    found, more = (score(*all_right(n * len(classes), classes), 200, seed=0) for n in (7, 70))
+    assert all(found[name] == 1 for name in ("balanced_accuracy", "macro_auc", "macro_f1"))
+    # Clopper-Pearson of 7 of 7: were a recall 0.59, all would be right in 2.5 % of studies
+    one = 0.025 ** (1 / 7)
+    for name in classes:
+        assert found["ci95"]["recall"][name] == pytest.approx([one, 1])
+        assert found["ci95"]["specificity"][name] == pytest.approx([0.025 ** (1 / (7 * (len(classes) - 1))), 1])
+    # independent recalls: the distance of their mean is that of one over the root of their number
+    assert found["ci95"]["balanced_accuracy"] == pytest.approx([1 - (1 - one) / math.sqrt(len(classes)), 1])
+    for name in ("balanced_accuracy", "macro_auc", "macro_f1"):
+        low, high = found["ci95"][name]
+        assert 0.5 < low < 0.9 and high == 1
+        assert low < more["ci95"][name][0] < 1 and more["ci95"][name][1] == 1
+
+
+def test_a_class_that_is_always_right_leaves_room_in_the_mean():
+    truth, p_NK, classes, subjects = all_right(40, ["CN", "AD"], wrong=range(0, 20, 2))  # CN: 10 of 20 right
+    found = score(truth, p_NK, classes, subjects, 2000, seed=0)
+    assert found["recall"] == {"CN": 0.5, "AD": 1}
+    (cn_low, cn_high), (ad_low, ad_high) = found["ci95"]["recall"].values()
+    assert (ad_low, ad_high) == (pytest.approx(0.025 ** (1 / 20)), 1) and cn_low < 0.35 and cn_high > 0.65
+    low, high = found["ci95"]["balanced_accuracy"]
+    assert low == pytest.approx(0.75 - math.hypot(0.5 - cn_low, 1 - ad_low) / 2)
+    assert high == pytest.approx(0.75 + (cn_high - 0.5) / 2)
+
+
+def test_always_wrong_is_the_mirror_of_always_right():
+    truth, p_NK, classes, subjects = all_right(14, ["CN", "AD"])
+    right, wrong = (score(truth, p, classes, subjects, 200, seed=0)["ci95"] for p in (p_NK, p_NK[:, ::-1]))
+    for name in ("balanced_accuracy", "macro_auc"):
+        assert wrong[name] == pytest.approx([1 - right[name][1], 1 - right[name][0]])
+    assert wrong["macro_f1"][0] == 0 < wrong["macro_f1"][1] < 0.5
+
+
+def test_two_that_are_both_always_right_may_still_differ():
+    truth, a_NK, classes, subjects = all_right(14, ["CN", "AD"])
+    b_NK = np.where(a_NK > 0.5, 0.8, 0.2)
+    for name, found in compare(truth, a_NK, b_NK, classes, subjects, 200, 0).items():
+        low, high = score(truth, a_NK, classes, subjects, 200, 0)["ci95"][name]
+        assert found["difference"] == 0 and found["p_value"] == 1
+        assert found["ci95"] == pytest.approx([low - high, high - low])
+
+
+def test_the_interval_of_an_auc_is_symmetric_in_its_logit():
+    truth, p_NK, classes, subjects = made_up(num_classes=2, seed=3)
+    found = score(truth, p_NK, classes, subjects, 500, seed=0)
+    truth_N = np.array([classes.index(name) for name in truth])
+    auc_D = weighted_scores(truth_N, p_NK, draw_weights(truth_N, subjects, 500, seed=0))["macro_auc"]
+    auc, (low, high) = found["macro_auc"], found["ci95"]["macro_auc"]
+    odds, low_odds, high_odds = (math.log(value / (1 - value)) for value in (auc, low, high))
+    assert odds - low_odds == pytest.approx(high_odds - odds)
+    assert high_odds - odds == pytest.approx(1.96 * auc_D.std() / (auc * (1 - auc)), rel=1e-4)
 
 
 def test_draws_that_lose_a_class_are_left_out_and_counted():

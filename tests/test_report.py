@@ -96,8 +96,9 @@ def test_every_score_of_the_page_is_that_of_report_json(written):
         for name, scores in arms.items():
             mine = [row for row in confusion if row[0] == name]
             assert [[int(cell) for cell in row[2:-2]] for row in mine] == scores["confusion"]
-            assert [row[-2] for row in mine] == [f"{scores['recall'][c]:.3f}" for c in scores["classes"]]
-            assert [row[-1] for row in mine] == [f"{scores['specificity'][c]:.3f}" for c in scores["classes"]]
+            for column, rate in ((-2, "recall"), (-1, "specificity")):
+                rates = [(scores[rate][c], *scores["ci95"][rate][c]) for c in scores["classes"]]
+                assert [row[column] for row in mine] == [f"{v:.3f} [{low:.3f}, {high:.3f}]" for v, low, high in rates]
         subgroups = {(row[0], row[1]): row[3:6] for row in found[cohort, "Subgroups"][1:]}
         for name, groups in report["subgroups"][cohort].items():
             for group, scores in groups.items():
