@@ -7,6 +7,7 @@ REFERENCES = {
   title={{MedBLIP}: Bootstrapping Language-Image Pre-training from {3D} Medical Images and Texts},
   author={Chen, Qiuhui and Hong, Yi},
   booktitle={Asian Conference on Computer Vision (ACCV)},
+  pages={2404--2420},
   year={2024},
   note={arXiv:2305.10799}
 }""",
@@ -21,6 +22,7 @@ REFERENCES = {
   author={Fang, Yuxin and Wang, Wen and Xie, Binhui and Sun, Quan and Wu, Ledell and Wang, Xinggang and Huang, Tiejun
     and Wang, Xinlong and Cao, Yue},
   booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  pages={19358--19369},
   year={2023}
 }""",
     "luo2022biogpt": """@article{luo2022biogpt,
@@ -34,14 +36,19 @@ REFERENCES = {
 }""",
     "bolton2024biomedlm": """@misc{bolton2024biomedlm,
   title={{BioMedLM}: A {2.7B} Parameter Language Model Trained On Biomedical Text},
-  author={Bolton, Elliot and others},
+  author={Bolton, Elliot and Venigalla, Abhinav and Yasunaga, Michihiro and Hall, David and Xiong, Betty and Lee, Tony
+    and Daneshjou, Roxana and Frankle, Jonathan and Liang, Percy and Carbin, Michael and Manning, Christopher D.},
   year={2024},
   note={arXiv:2403.18421}
 }""",
-    "chung2022flan": """@misc{chung2022flan,
+    "chung2024flan": """@article{chung2024flan,
   title={Scaling Instruction-Finetuned Language Models},
-  author={Chung, Hyung Won and others},
-  year={2022},
+  author={Chung, Hyung Won and Hou, Le and Longpre, Shayne and Zoph, Barret and Tay, Yi and Fedus, William and others},
+  journal={Journal of Machine Learning Research},
+  volume={25},
+  number={70},
+  pages={1--53},
+  year={2024},
   note={arXiv:2210.11416}
 }""",
     "raffel2020t5": """@article{raffel2020t5,
@@ -161,7 +168,8 @@ REFERENCES = {
 }""",
     "petersen2010adni": """@article{petersen2010adni,
   title={{Alzheimer's Disease Neuroimaging Initiative (ADNI)}: clinical characterization},
-  author={Petersen, Ronald C. and others},
+  author={Petersen, Ronald C. and Aisen, Paul S. and Beckett, Laurel A. and Donohue, Michael C. and Gamst, Anthony C.
+    and Harvey, Danielle J. and others},
   journal={Neurology},
   volume={74},
   number={3},
@@ -170,8 +178,9 @@ REFERENCES = {
 }""",
     "beekly2007nacc": """@article{beekly2007nacc,
   title={The {National Alzheimer's Coordinating Center (NACC)} database: the {Uniform Data Set}},
-  author={Beekly, Duane L. and others},
-  journal={Alzheimer Disease and Associated Disorders},
+  author={Beekly, Duane L. and Ramos, Erin M. and Lee, William W. and Deitrich, Woodrow D. and Jacka, Mary E. and Wu,
+    Joylee and others},
+  journal={Alzheimer Disease \\& Associated Disorders},
   volume={21},
   number={3},
   pages={249--258},
@@ -200,14 +209,16 @@ REFERENCES = {
     "lamontagne2019oasis3": """@misc{lamontagne2019oasis3,
   title={{OASIS-3}: Longitudinal Neuroimaging, Clinical, and Cognitive Dataset for Normal Aging and {Alzheimer}
     Disease},
-  author={LaMontagne, Pamela J. and others},
+  author={LaMontagne, Pamela J. and Benzinger, Tammie L. S. and Morris, John C. and Keefe, Sarah and Hornbeck, Russ
+    and Xiong, Chengjie and others},
   year={2019},
   note={medRxiv 2019.12.13.19014902}
 }""",
     "ellis2009aibl": """@article{ellis2009aibl,
   title={The {Australian Imaging, Biomarkers and Lifestyle (AIBL)} study of aging: methodology and baseline
     characteristics of 1112 individuals recruited for a longitudinal study of {Alzheimer's} disease},
-  author={Ellis, Kathryn A. and others},
+  author={Ellis, Kathryn A. and Bush, Ashley I. and Darby, David and De Fazio, Daniela and Foster, Jonathan and Hudson,
+    Peter and others},
   journal={International Psychogeriatrics},
   volume={21},
   number={4},
@@ -216,7 +227,8 @@ REFERENCES = {
 }""",
     "malone2013miriad": """@article{malone2013miriad,
   title={{MIRIAD} - Public release of a multiple time point {Alzheimer's} {MR} imaging dataset},
-  author={Malone, Ian B. and others},
+  author={Malone, Ian B. and Cash, David and Ridgway, Gerard R. and MacManus, David G. and Ourselin, Sebastien
+    and Fox, Nick C. and Schott, Jonathan M.},
   journal={NeuroImage},
   volume={70},
   pages={33--36},
@@ -241,7 +253,7 @@ TOWERS = {
     "eva_vit_g": "fang2023eva",
     "biogpt": "luo2022biogpt",
     "biomedlm": "bolton2024biomedlm",
-    "flan-t5": "chung2022flan",
+    "flan-t5": "chung2024flan",
     "t5": "raffel2020t5",
     "gpt2": "radford2019gpt2",
 }
