@@ -13,9 +13,9 @@ from medblip.compare import CompareOptions, compare
 from medblip.progress import write_json
 
 
-def write(folder, report, predictions):
+def write(folder, report, predictions, arms=("image", "blank_image")):
     """What compare reads of an evaluation, some arms left out to save time."""
-    predictions = [row for row in predictions if row["arm"] in ("image", "blank_image")]
+    predictions = [row for row in predictions if row["arm"] in arms]
     folder.mkdir()
     write_json(folder / "report.json", report)
     with open(folder / "predictions.csv", "w", newline="") as file:
@@ -96,6 +96,50 @@ def test_pairs_by_key_and_only_common_scans(tmp_path):
     notes = json.loads((tmp_path / "out/compare.json").read_text())["notes"]
     assert "AIBL: A - B, arm image: 40 common scans, of 60 and 40" in notes
     assert "MIRIAD: A and B have no arm in common" in notes
+
+
+def in_rounds(report, predictions, num_rounds, seed):
+    """The same with only the arm `shuffled_image` of AIBL, in rounds of other probabilities, as evaluate writes it."""
+    draw, rows = np.random.default_rng(seed), []
+    for _ in range(num_rounds):
+        for row in predictions:
+            if (row["cohort"], row["arm"]) == ("AIBL", "image"):
+                p = dict(zip(("p_CN", "p_MCI", "p_AD"), draw.dirichlet([1, 1, 1]), strict=True))
+                rows.append(row | {"arm": "shuffled_image"} | {name: f"{value:.9g}" for name, value in p.items()})
+    return report, rows
+
+
+def test_rounds_of_a_shuffled_arm_are_paired_in_order_and_scans_of_a_subject_stay_together(tmp_path):
+    whole = made_up_evaluation(seed=1)
+    a_report, a_rows = in_rounds(*whole, num_rounds=4, seed=5)
+    b_report, b_rows = in_rounds(*whole, num_rounds=3, seed=6)
+    # The scans of b come in another order within each round: KEYs pair scans, and the place of a KEY its rounds.
+    b_rows = [row for start in range(0, 180, 60) for row in b_rows[start : start + 60][::-1]]
+    a = write(tmp_path / "a", a_report, a_rows, ("shuffled_image",))
+    b = write(tmp_path / "b", b_report, b_rows, ("shuffled_image",))
+    compare(CompareOptions(evaluations=(a, b), out=str(tmp_path / "out")))
+    found = paired(tmp_path / "out", "AIBL", "shuffled_image")["A", "B"]
+    assert (found["common_scans"], found["common_subjects"]) == (60, 30)
+
+    keys = sorted({row["scan_id"] for row in a_rows})
+    of_a, of_b = ({key: [row for row in rows if row["scan_id"] == key] for key in keys} for rows in (a_rows, b_rows))
+
+    def expected(rounds_of_a, name_of):
+        """By `metrics.compare`, from these rounds of a and all of b."""
+        pairs = [(of_a[key][n], of_b[key][m]) for key in keys for m, n in enumerate(rounds_of_a)]
+        p = [
+            np.array([[float(pair[side][f"p_{c}"]) for c in ("CN", "MCI", "AD")] for pair in pairs]) for side in (0, 1)
+        ]
+        truth, subjects = [x["diagnosis"] for x, _ in pairs], [name_of(x, n) for n, (x, _) in enumerate(pairs)]
+        return metrics.compare(truth, *p, ["CN", "MCI", "AD"], subjects, 1000, 0)["macro_auc"]
+
+    first_three = expected((0, 1, 2), lambda row, n: row["subject_id"])  # b has no fourth round
+    last_three = expected((1, 2, 3), lambda row, n: row["subject_id"])
+    apart = expected((0, 1, 2), lambda row, n: str(n))
+    for name in ("difference", "ci95", "p_value"):
+        assert found[name] == pytest.approx(first_three[name])
+    assert found["difference"] != pytest.approx(last_three["difference"]), "other rounds are not the same"
+    assert found["ci95"] != pytest.approx(apart["ci95"]), "six rows of a subject are not six subjects"
 
 
 def test_an_evaluation_equals_itself(tmp_path):
