@@ -63,8 +63,8 @@ def score(
         `n_subjects`, `n_scans` (rows), `classes`; `balanced_accuracy`; `macro_auc` (one class against the rest, mean
         over classes; the plain AUC for two); `macro_f1`; `recall` and `specificity` by class; `confusion` (row: truth,
         column: most probable class, the first of equals); `ece`, `brier`, `reliability` as in `calibration`;
-        `ece_if_calibrated`: the mean ECE that so few scans give where the probabilities are true; `roc` by class; and
-        `ci95`: intervals of SCORED, and of `recall` and `specificity` by class, with the number of draws that they
+        `ece_if_calibrated`: the mean ECE that so few subjects give where the probabilities are true; `roc` by class;
+        and `ci95`: intervals of SCORED, and of `recall` and `specificity` by class, with the number of draws that they
         rest on. ECE has none: redrawing scans biases it upwards. A class that does not occur has recall and roc None
         and is left out of the means. With a single class all scores are None; an interval is None where a class has
         fewer than two subjects.
@@ -93,7 +93,7 @@ def score(
         "specificity": {c: float(true_negative_K[k] / (len(truth_N) - true_K[k])) for k, c in enumerate(classes)},
         "confusion": confusion_KK.tolist(),
         **_calibration(truth_N, p_NK),
-        "ece_if_calibrated": _ece_if_calibrated(p_NK, seed),
+        "ece_if_calibrated": _ece_if_calibrated(p_NK, subjects, seed),
         "roc": {c: _roc(truth_N == k, p_NK[:, k]) if true_K[k] else None for k, c in enumerate(classes)},
         "ci95": _intervals(truth_N, p_NK, classes, subjects, weight_DN),
     }
@@ -425,11 +425,17 @@ def _ece(top_N: NDArray, is_right_DN: NDArray, bin_N: NDArray) -> NDArray:
     return np.abs(gap_DN @ in_bin_NB).sum(axis=1) / len(top_N)
 
 
-def _ece_if_calibrated(p_NK: NDArray, seed: int) -> float:
-    """A label drawn from its row is the most probable class with just that probability."""
+def _ece_if_calibrated(p_NK: NDArray, subjects: Sequence[str], seed: int) -> float:
+    """The mean ECE where diagnoses are drawn from the probabilities, for a subject once: its scans share a diagnosis.
+
+    One number a subject picks the class of each of its scans, from the classes laid end to end by their probability.
+    """
+    _, subject_N = np.unique(np.asarray(subjects), return_inverse=True)
+    picked_DN = np.random.default_rng(seed).random((NUM_REDRAWS, subject_N.max() + 1))[:, subject_N]
+    ends_NK = p_NK.cumsum(axis=1) / p_NK.sum(axis=1, keepdims=True)
+    drawn_DN = sum((picked_DN > ends_NK[:, k]).astype(int) for k in range(p_NK.shape[1] - 1))
     top_N = p_NK.max(axis=1)
-    is_right_DN = np.random.default_rng(seed).random((NUM_REDRAWS, len(top_N))) < top_N
-    return float(_ece(top_N, is_right_DN, _bins(top_N)).mean())
+    return float(_ece(top_N, drawn_DN == p_NK.argmax(axis=1), _bins(top_N)).mean())
 
 
 def _roc(is_class_N: NDArray, score_N: NDArray) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from medblip.bootstrap import draw_weights
-from medblip.metrics import SCORED, age_matched, calibration, compare, score, weighted_scores
+from medblip.metrics import SCORED, age_matched, calibration, compare, score, score_once, weighted_scores
 
 CLASSES = ["CN", "MCI", "AD"]
 TRUTH = ["CN", "CN", "MCI", "MCI", "AD", "AD"]
@@ -158,6 +158,23 @@ def test_true_probabilities_have_the_ece_of_calibrated_ones_and_false_ones_more(
     sharp_NK = p_NK**4 / (p_NK**4).sum(axis=1, keepdims=True)
     false = score(truth, sharp_NK, CLASSES, subjects, 10, seed=0)
     assert false["ece"] > 3 * false["ece_if_calibrated"]
+
+
+def test_scans_of_a_subject_share_the_diagnosis_that_is_drawn_for_calibration():
+    draw = np.random.default_rng(0)
+    p_NK = draw.dirichlet([1, 1, 1], size=60)
+    truth, subjects = [CLASSES[draw.choice(3, p=row)] for row in p_NK], [str(row) for row in range(60)]
+    once = score(truth, p_NK, CLASSES, subjects, 10, seed=0)["ece_if_calibrated"]
+    # The same scan nine times tells nothing new, so nine scans a subject have the ECE of one; nine subjects do not.
+    args = (truth * 9, np.tile(p_NK, (9, 1)), CLASSES)
+    assert score(*args, subjects * 9, 10, seed=0)["ece_if_calibrated"] == pytest.approx(once)
+    assert score(*args, [str(n) for n in range(540)], 10, seed=0)["ece_if_calibrated"] < 0.6 * once
+    # and independently, by a plain loop over redrawn diagnoses
+    eces = []
+    for _ in range(400):
+        again = [CLASSES[draw.choice(3, p=row)] for row in p_NK]
+        eces.append(calibration(again, p_NK, CLASSES)["ece"])
+    assert once == pytest.approx(np.mean(eces), rel=0.1)
 
 
 def test_a_class_that_does_not_occur_is_left_out_of_the_means():
@@ -388,3 +405,90 @@ def test_matching_of_three_classes_is_of_the_first_and_the_last():
     found = age_matched(TRUTH, P, CLASSES, [70.0] * 6, SUBJECTS, 100, 0)
     # AD of AD + CN: CN 1/7, 3/5; AD 7/8, 4/9
     assert found["pairs"] == 2 and found["macro_auc"] == pytest.approx(3 / 4)
+
+
+# Odd cohorts for every metric: those above test `score`; here is what they leave open.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.2])
+def test_every_entry_refuses_what_is_no_probability(value):
+    p_NK = P.copy()
+    p_NK[3, 1] = value
+    for call in (
+        lambda: score_once(TRUTH, p_NK, CLASSES),
+        lambda: calibration(TRUTH, p_NK, CLASSES),
+        lambda: compare(TRUTH, p_NK, P, CLASSES, SUBJECTS, 100, 0),
+        lambda: age_matched(TRUTH, p_NK, CLASSES, [70.0] * 6, SUBJECTS, 100, 0),
+    ):
+        with pytest.raises(ValueError, match=r"row 3: .* no probabilities"):
+            call()
+
+
+def test_a_class_that_does_not_occur_by_hand_for_the_other_metrics():
+    found = score(TRUTH[:4], P[:4], CLASSES, SUBJECTS[:4], 200, seed=0)  # CN MCI MCI MCI told, no AD
+    # F1: CN 2*1/(2+1), MCI 2*2/(2+3); AD, which nobody has and nobody is told, is left out
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert found["specificity"] == {"CN": 1.0, "MCI": 0.5, "AD": 1.0}
+    assert found["confusion"] == [[1, 1, 0], [0, 2, 0], [0, 0, 0]]
+    assert found["brier"] == pytest.approx((0.26 + 0.98 + 0.54 + 0.14) / 4)
+    # Bins by the top probability: (0.3, 0.4] right 1 of 1, (0.4, 0.5] 0 of 1, (0.5, 0.6] 1 of 1, (0.6, 0.7] 1 of 1
+    assert found["ece"] == pytest.approx((0.6 + 0.5 + 0.4 + 0.3) / 4)
+    assert found["ci95"]["recall"]["AD"] is None and found["ci95"]["specificity"]["AD"][1] == 1
+    assert found["ci95"]["macro_auc"] is not None and found["ci95"]["macro_f1"] is not None
+    once = score_once(TRUTH[:4], P[:4], CLASSES)
+    assert once == pytest.approx({name: found[name] for name in SCORED})
+    differences = compare(TRUTH[:4], P[:4], P[[1, 0, 2, 3]], CLASSES, SUBJECTS[:4], 200, 0)
+    swapped = score_once(TRUTH[:4], P[[1, 0, 2, 3]], CLASSES)
+    for name, entry in differences.items():
+        assert entry["difference"] == pytest.approx(found[name] - swapped[name]) and entry["ci95"] is not None
+
+
+def test_scans_told_as_a_class_that_does_not_occur_are_wrong():
+    truth, subjects = ["CN", "CN", "AD", "AD"], list("abcd")
+    p_NK = [[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7], [0.1, 0.6, 0.3]]  # two told as MCI, which nobody has
+    found = score(truth, p_NK, CLASSES, subjects, 200, seed=0)
+    assert found["recall"] == {"CN": 0.5, "MCI": None, "AD": 0.5} and found["specificity"]["MCI"] == 0.5
+    assert found["balanced_accuracy"] == 0.5 and found["macro_f1"] == pytest.approx(2 / 3)
+    low, high = found["ci95"]["balanced_accuracy"]
+    assert 0 <= low < 0.5 < high <= 1
+
+
+def test_matched_ages_without_one_of_the_two_classes_have_no_pair():
+    assert age_matched(TRUTH[:4], P[:4], CLASSES, [70.0] * 4, SUBJECTS[:4], 100, 0) is None  # no AD
+    assert age_matched(TRUTH[2:], P[2:], CLASSES, [70.0] * 4, SUBJECTS[2:], 100, 0) is None  # no CN
+    assert age_matched(TRUTH, P, CLASSES, [None] * 6, SUBJECTS, 100, 0) is None
+
+
+def test_one_subject_has_no_interval_anywhere():
+    truth, p_NK, classes = ["CN", "AD"], [[0.9, 0.1], [0.4, 0.6]], ["CN", "AD"]
+    for entry in compare(truth, p_NK, p_NK[::-1], classes, ["a", "a"], 100, 0).values():
+        assert entry["difference"] == 1 and entry["ci95"] is None and entry["p_value"] is None
+    # matched by age, a subject counts once, and is not compared with itself
+    assert age_matched(truth, p_NK, classes, [70, 71], ["a", "a"], 100, 0) is None
+    assert score(truth, p_NK, classes, ["a", "a"], 100, 0)["ece_if_calibrated"] is not None
+    assert calibration(["CN"], [[0.9, 0.1]], classes)["ece"] == pytest.approx(0.1)
+    assert math.isnan(score_once(["CN"], [[0.9, 0.1]], classes)["macro_auc"])
+
+
+def test_ties_count_half_and_the_first_of_equals_is_told():
+    classes, truth = ["CN", "AD"], ["CN", "CN", "AD", "AD"]
+    p_NK = [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.2, 0.8]]
+    found = score(truth, p_NK, classes, list("abcd"), 200, 0)
+    assert found["macro_auc"] == pytest.approx((2 * 0.5 + 2 * 1) / 4)
+    assert found["confusion"] == [[2, 0], [1, 1]] and found["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
+    assert found["roc"]["AD"] == {"fpr": [0, 0, 1], "tpr": [0, 0.5, 1]}
+    # Top probabilities 0.5 three times, right twice, and 0.8, right
+    assert found["ece"] == pytest.approx((abs(3 * 0.5 - 2) + abs(0.8 - 1)) / 4)
+    matched = age_matched(truth, p_NK, classes, [70, 71, 70, 71], list("abcd"), 100, 0)
+    assert matched["pairs"] == 2 and matched["macro_auc"] == pytest.approx(3 / 4)
+    differences = compare(truth, p_NK, [[0.5, 0.5]] * 4, classes, list("abcd"), 200, 0)
+    assert differences["macro_auc"]["difference"] == pytest.approx(1 / 4)
+
+
+def test_all_right_between_matched_pairs_is_no_certainty():
+    p_NK = [[0.9, 0.1]] * 5 + [[0.2, 0.8]] * 5
+    truth, ages = ["CN"] * 5 + ["AD"] * 5, [70.0, 72, 74, 76, 78] * 2
+    found = age_matched(truth, p_NK, ["CN", "AD"], ages, list("abcdefghij"), 100, 0)
+    assert found["pairs"] == 5 and found["macro_auc"] == 1
+    low, high = found["ci95"]["macro_auc"]
+    assert 0.5 < low < 0.75 and high == 1
