@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` must not wait f
     from numpy.typing import NDArray
 
     from medblip.analysis import Draws, Prediction
-    from medblip.asking import Interview
+    from medblip.asking import Diagnosed, Interview
     from medblip.scoring import Rule
     from medblip.shards import Sample, ShardIndex
 
@@ -201,15 +201,25 @@ def samples_for_rule(
 def rule_on_validation(
     interview: Interview, rows: list[int], options: EvaluateOptions
 ) -> tuple[Rule, dict[str, float]]:
-    """The rule that is best on these scans, in the arm `both`, or `image` if no arm that is asked reads a record."""
+    """The rule that is best on these scans, in the arm `both`, or `image` if no arm that is asked reads a record.
+
+    Raises:
+        ValueError: naming the KEY of a scan whose likelihoods are not finite.
+    """
     import numpy as np
 
-    from medblip.scoring import choose_rule
+    from medblip.scoring import check_likelihoods, choose_rule
 
     arm = "both" if interview.tier != "none" and any(ARMS[name].record for name in options.arms) else "image"
     found = interview.diagnose(rows, (arm,), options.seed)
+    check_likelihoods(found.logp_NO, found.options, names_of(interview, found))
     truth_N = np.array([found.offered.index(interview.scans[one.row].sample.diagnosis) for one in found.asked])
     return choose_rule(truth_N, found.logp_NO, found.options)
+
+
+def names_of(interview: Interview, found: Diagnosed) -> list[str]:
+    """The KEY and the arm of each ask, for a message."""
+    return [f"{interview.scans[one.row].sample.key}, arm {one.arm}" for one in found.asked]
 
 
 def ask_cohort(
@@ -218,11 +228,15 @@ def ask_cohort(
     """Asks for the diagnosis of each scan of one cohort in each arm.
 
     Returns the predictions and what a reader of them should know.
+
+    Raises:
+        ValueError: naming the KEY of a scan whose likelihoods are not finite.
     """
     from medblip.analysis import Prediction
-    from medblip.scoring import probabilities
+    from medblip.scoring import check_likelihoods, probabilities
 
     found = interview.diagnose(rows, options.arms, options.seed)
+    check_likelihoods(found.logp_NO, found.options, names_of(interview, found))
     classes, offered, answers = found.classes, found.offered, found.options.answers
     notes = []
     if len(classes) == 2:

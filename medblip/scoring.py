@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # `medblip --help` must not wait for numpy
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
@@ -60,8 +62,31 @@ def probabilities(logp_NO: NDArray, options: Options, rule: Rule) -> NDArray:
         score_NO = score_NO / np.array(options.num_tokens)
     if rule.length == "per character":
         score_NO = score_NO / np.array([len(answer) for answer in options.answers])
-    score_NO = np.exp(score_NO - score_NO.max(axis=1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        score_NO = np.exp(score_NO - score_NO.max(axis=1, keepdims=True))
     return score_NO / score_NO.sum(axis=1, keepdims=True)
+
+
+def check_likelihoods(logp_NO: NDArray, options: Options, names: Sequence[str]) -> None:
+    """Refuses likelihoods that give no probability, since any answer would then do.
+
+    Args:
+        logp_NO, options: as in `probabilities`.
+        names: of each ask, that a user can find: the KEY of its scan and the arm.
+
+    Raises:
+        ValueError: with the number of such asks, and the names and log-likelihoods of the first.
+    """
+    import numpy as np
+
+    bad = np.flatnonzero(np.isnan(probabilities(logp_NO, options, DEFAULT_RULE)).any(axis=1))
+    if len(bad):
+        first = "; ".join(f"{names[row]}: {np.array(logp_NO[row]).tolist()}" for row in bad[:5])
+        raise ValueError(
+            f"{len(bad)} of {len(names)} answers have log-likelihoods that are not finite ({first}"
+            f"{'; ...' if len(bad) > 5 else ''}; of a blank scan: {list(options.null_logp)}); the model's output is "
+            "broken for these scans: evaluate an earlier checkpoint, or look at these scans"
+        )
 
 
 def choose_rule(truth_N: NDArray, logp_NO: NDArray, options: Options) -> tuple[Rule, dict[str, float]]:

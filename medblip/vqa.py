@@ -15,7 +15,8 @@ from medblip.analysis import Draws
 from medblip.answers import score_answers
 from medblip.arms import Ask, shuffle_over_subjects
 from medblip.asking import Interview
-from medblip.scoring import Rule, probabilities
+from medblip.scoring import Rule, check_likelihoods, probabilities
+from medblip.shards import Sample
 from medblip.text import QUESTIONS, answer_to, render_prompt
 
 UNPARSABLE = ""
@@ -48,15 +49,15 @@ def ask_questions(
         prompt = render_prompt("", QUESTIONS[kind].wordings[0])
         for name, images in images_of.items() if known else ():
             asks = [Ask(prompt, images[place]) for place in known]
-            subjects = [scans[place].sample.subject for place in known]
-            found[name][kind] = _score(interview, kind, asks, [truths[place] for place in known], subjects, rule, draws)
+            samples = [scans[place].sample for place in known]
+            found[name][kind] = _score(interview, kind, asks, [truths[place] for place in known], samples, rule, draws)
     return found
 
 
 def _score(
-    interview: Interview, kind: str, asks: list[Ask], truths: list[str], subjects: list[str], rule: Rule, draws: Draws
+    interview: Interview, kind: str, asks: list[Ask], truths: list[str], samples: list[Sample], rule: Rule, draws: Draws
 ) -> dict[str, Any]:
-    question = QUESTIONS[kind]
+    question, subjects = QUESTIONS[kind], [sample.subject for sample in samples]
     if question.type != "closed":
         written = interview.write(asks)
         return score_answers(question, truths, [written[ask] for ask in asks], subjects, draws.number, draws.seed)
@@ -65,6 +66,8 @@ def _score(
     answers = [UNPARSABLE if option is None else question.options[option] for option in chosen]
     entry = score_answers(question, truths, answers, subjects, draws.number, draws.seed)
     options = interview.asker.options(question.options, question.wordings[0])
-    p_NO = probabilities([scores[ask].logp for ask in asks], options, rule)
+    logp_NO = [scores[ask].logp for ask in asks]
+    check_likelihoods(logp_NO, options, [f"{sample.key}, question {kind}" for sample in samples])
+    p_NO = probabilities(logp_NO, options, rule)
     is_right_N = [question.options[best] == truth for best, truth in zip(p_NO.argmax(axis=1), truths, strict=True)]
     return entry | {"accuracy_by_likelihood": float(np.mean(is_right_N))}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from medblip.scoring import DEFAULT_RULE, RULES, Options, choose_rule, probabilities
+from medblip.scoring import DEFAULT_RULE, RULES, Options, check_likelihoods, choose_rule, probabilities
 
 OPTIONS = Options(("no", "mild trouble", "yes!"), num_tokens=(2, 4, 3), null_logp=(-1.0, -8.0, -3.0))
 
@@ -40,3 +40,14 @@ def test_the_rule_with_the_most_balanced_accuracy_wins_and_ties_go_to_the_defaul
 def test_a_likelihood_that_is_not_a_number_gives_no_probability():
     p_NO = probabilities([[-1.0, float("nan"), -1.0], [-2.0, -1.0, -3.0]], OPTIONS, DEFAULT_RULE)
     assert np.isnan(p_NO[0]).all() and p_NO[1].sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_likelihood_that_is_not_finite_is_refused_by_the_key_of_its_scan(bad):
+    names = ["ADNI-1a, arm image", "ADNI-2b, arm image", "ADNI-1a, arm both"]
+    logp_NO = [[-1.0, -2.0, -1.0], [-2.0, bad, -3.0], [-1.0, -2.0, -1.0]]
+    with pytest.raises(ValueError, match=r"1 of 3 answers .*ADNI-2b, arm image: \[-2.0, (nan|inf), -3.0\]") as raised:
+        check_likelihoods(logp_NO, OPTIONS, names)
+    assert "ADNI-1a" not in str(raised.value)
+    check_likelihoods(logp_NO[::2], OPTIONS, names[::2])
+    check_likelihoods([[-1.0, -float("inf"), -1.0]], OPTIONS, names[:1])  # an answer that cannot be: probability 0
