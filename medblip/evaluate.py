@@ -70,7 +70,8 @@ class EvaluateOptions:
     rule: Literal["val"] | RuleName = "val"
     """How the likelihoods of the answers are compared. val: as is best on the split val of the same shards."""
     vqa_scans: int = 100
-    """Scans of each cohort that are also asked other questions (age, sex, ...), without the record; 0: none."""
+    """Scans of each cohort, with a diagnosis or not, that are also asked other questions (age, sex, ...), without the
+    record; 0: none."""
     baselines: bool = True
     """Fit a voxel SVM and a regression on the record's fields on the split train of the same shards."""
     batch: int = 8
@@ -120,13 +121,19 @@ def evaluate(options: EvaluateOptions) -> int:
     tier = check_tier(options.ehr or assistant.ehr, assistant.ehr)
 
     notes = []
+    questioned = samples_for_vqa(everyone, options.vqa_scans)
+    undiagnosed = [sample for some in questioned.values() for sample in some if not sample.diagnosis]
     if len(samples) < len(everyone):
-        notes.append(f"{len(everyone) - len(samples)} of {len(everyone)} scans have no diagnosis and were left out")
+        notes.append(
+            f"{len(everyone) - len(samples)} of {len(everyone)} scans have no diagnosis and are not scored on it; "
+            f"{len(undiagnosed)} of these were asked other questions"
+        )
     if tier == "none":
         notes.append("the tier is none: no arm reads a record")
     rule_samples, why_not = samples_for_rule(index, options, assistant.train_subjects)
     reader = Reader(index, threads=2)
-    interview = encode(assistant, reader, rule_samples + samples, tier, options.batch, crew)
+    encoded = rule_samples + samples + undiagnosed
+    interview = encode(assistant, reader, encoded, tier, options.batch, crew)
     reader.close()
 
     rule, rule_entry = DEFAULT_RULE, {"chosen_on": "default", "scores": {}}
@@ -142,9 +149,9 @@ def evaluate(options: EvaluateOptions) -> int:
         rows = [len(rule_samples) + row for row, sample in enumerate(samples) if sample.cohort == cohort]
         cohorts[cohort], more_notes = ask_cohort(interview, rows, rule, options)
         notes += [f"{cohort}: {note}" for note in more_notes]
-        if options.vqa_scans:
-            some = sorted(rows, key=lambda row: interview.scans[row].sample.key)[: options.vqa_scans]
-            vqa[cohort] = ask_questions(interview, some, rule, draws)
+    row_of = {sample.key: row for row, sample in enumerate(encoded)}
+    for cohort, some in questioned.items():
+        vqa[cohort] = ask_questions(interview, [row_of[sample.key] for sample in some], rule, draws)
     if not rank.is_main:
         return 0
     baselines_NK, more_notes = fit_baselines(index, cohorts, tier, options)
@@ -177,6 +184,14 @@ def evaluate(options: EvaluateOptions) -> int:
     print(plain_table(report))
     print(f"\nwritten to {out}/; begin with report.html")
     return 0
+
+
+def samples_for_vqa(samples: list[Sample], num_scans: int) -> dict[str, list[Sample]]:
+    """By cohort, the scans that are asked other questions, with a diagnosis or without: those of the lowest KEYs."""
+    by_cohort: dict[str, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: (sample.cohort, sample.key)):  # KEYs are hashes
+        by_cohort.setdefault(sample.cohort, []).append(sample)
+    return {cohort: some[:num_scans] for cohort, some in by_cohort.items() if num_scans}
 
 
 def samples_for_rule(

@@ -71,6 +71,8 @@ def blocks(report: Report, out: Path) -> list[Block]:
     ]
     for number, cohort in enumerate(report["cohorts"]):
         found += _cohort(report, cohort, f"figures/{number}-{re.sub(r'[^A-Za-z0-9_-]', '_', cohort)}", out)
+    for cohort in sorted((report.get("vqa") or {}).keys() - report["cohorts"].keys()):
+        found += [Heading(2, cohort), Paragraph("No scan has a diagnosis."), *_vqa(report["vqa"][cohort])]
     return [*found, *_provenance(report), Paragraph(RESEARCH_ONLY, is_warning=True)]
 
 
@@ -207,7 +209,7 @@ def _calibration(arms: dict[str, Scores]) -> list[Block]:
         if arm.get("ece") is not None
     ]
     head = ("arm", "ECE", "ECE if calibrated", "Brier [95 % CI]")
-    text = "ECE if calibrated: what so few scans would give even if every probability were true."
+    text = "ECE if calibrated: what so few subjects would give even if every probability were true."
     return [Heading(3, "Calibration"), Table(head, rows), Paragraph(text)] if rows else []
 
 

@@ -15,7 +15,9 @@ import pytest
 from conftest import ROOT, free_port
 
 from medblip import cli
+from medblip.asking import Interview, Scores
 from medblip.guards import check_tier
+from medblip.scoring import RULES, choose_rule, probabilities
 from medblip.shards import ShardIndex
 from medblip.text import DIAGNOSIS_ANSWERS
 
@@ -59,6 +61,24 @@ def folder(tmp_path_factory):
         done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def with_val(folder):
+    """Shards of nine people in `val` and nine in `test`, and a cohort in which nobody has a diagnosis."""
+    rows = [("THREE", split, ("CN", "MCI", "AD")[i % 3]) for split in ("val", "test") for i in range(9)]
+    rows += [("BARE", "test", "")] * 3
+    with open(folder / "raw/with_val.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "cohort", "subject_id", "diagnosis", "split", "age_years", "sex"])
+        for number, (cohort, split, diagnosis) in enumerate(rows):
+            writer.writerow([f"{number}.nii", cohort, f"w{number}", diagnosis, split, 60 + number, "F"])
+    command = f"-m sharding.build --manifest {folder}/raw/with_val.csv --out {folder}/with_val --size 48 --spacing-mm 4"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--workers", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "with_val"
 
 
 @pytest.fixture
@@ -151,8 +171,8 @@ def test_every_kind_of_question_that_is_known_is_asked_with_three_images(everyth
     assert set(vqa["THREE"]) == {"own scan", "question only", "another subject's scan"}
     assert set(vqa["ONE"]) == {"own scan", "question only"}  # nobody else's scan
     for kinds in vqa["THREE"].values():
-        assert set(kinds) == {"diagnosis", "demented", "age", "sex", "extent"}
-        assert {kind: scores["n"] for kind, scores in kinds.items()} == dict.fromkeys(kinds, 9)
+        known = {"diagnosis": 9, "demented": 9, "age": 10, "sex": 10, "extent": 10}  # one has no diagnosis
+        assert {kind: scores["n"] for kind, scores in kinds.items()} == known
         assert kinds["sex"]["majority_accuracy"] == 1 and 0 <= kinds["sex"]["accuracy_by_likelihood"] <= 1
         assert {"mae", "within_tolerance"} <= kinds["age"].keys() and {"token_f1", "bleu4"} <= kinds["extent"].keys()
     only = vqa["THREE"]["question only"]["diagnosis"]  # one answer for all: right a third of the time, or never
@@ -169,6 +189,81 @@ def test_worst_mistakes_are_wrong_and_have_a_picture_each(everything):
         assert mistake["answer"] != mistake["diagnosis"] == row["diagnosis"]
         assert mistake["probability"] == pytest.approx(float(row[f"p_{row['diagnosis']}"]), abs=1e-6)
         assert (out / mistake["picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rule_is_that_of_val_whatever_is_best_on_test(folder, with_val, medblip, monkeypatch, tmp_path):
+    answers = tuple(DIAGNOSIS_ANSWERS.values())
+    truths = {sample.key: sample.diagnosis for name in ("val", "test") for sample in ShardIndex(with_val).samples(name)}
+    val = {sample.key for sample in ShardIndex(with_val).samples("val")}
+    seen = {"val": [], "test": []}
+    real = Interview.score
+
+    def score(interview, asks, options):
+        """Likelihoods of diagnoses by which `per-token` is always right on val and `sum-minus-null` always on test."""
+        if options != answers:
+            return real(interview, asks, options)
+        offered = interview.asker.options(options)
+        found = {}
+        for ask in asks:
+            key = interview.scans[ask.image].sample.key
+            truth = np.array([name == truths[key] for name in DIAGNOSIS_ANSWERS])
+            base = -np.array(offered.num_tokens) if key in val else np.array(offered.null_logp)
+            found[ask] = Scores((base + 0.5 * truth).tolist(), None)
+            seen["val" if key in val else "test"].append((int(truth.argmax()), found[ask].logp))
+        seen["options"] = offered
+        return found
+
+    monkeypatch.setattr(Interview, "score", score)
+    arguments = ["--model", folder / "run", "--data", with_val, "--out", tmp_path, "--arms", "image", "--no-baselines"]
+    code, _, stderr = medblip("evaluate", *arguments, "--vqa-scans", 0)
+    assert code == 0, stderr
+    on_val, on_test = (choose_rule(*map(np.array, zip(*seen[name], strict=True)), seen["options"])
+                       for name in ("val", "test"))  # fmt: skip
+    assert on_val[0] == RULES["per-token"] != on_test[0] == RULES["sum-minus-null"], "the two differ, else no proof"
+    report = json.loads((tmp_path / "report.json").read_text())
+    rule = report["rule"]
+    assert (rule["length"], rule["minus_null"], rule["chosen_on"]) == ("per token", False, "val")
+    assert rule["scores"] == on_val[1] and len(seen["val"]) == 9
+    by_key = {row["scan_id"]: row for row in read_predictions(tmp_path)}
+    p_NO = probabilities([logp for _, logp in seen["test"]], seen["options"], RULES["per-token"])
+    asked = [sample for sample in ShardIndex(with_val).samples("test") if sample.diagnosis]
+    for sample, p_O in zip(asked, p_NO, strict=True):
+        assert [float(by_key[sample.key][f"p_{name}"]) for name in DIAGNOSIS_ANSWERS] == pytest.approx(p_O.tolist())
+    assert report["cohorts"]["THREE"]["image"]["balanced_accuracy"] < on_test[1]["sum-minus-null"] == 1
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_likelihood_that_is_not_finite_is_named_by_key(folder, with_val, medblip, monkeypatch, tmp_path, split):
+    broken = ShardIndex(with_val).samples(split)[1].key
+    real = Interview.score
+
+    def score(interview, asks, options):
+        found = real(interview, asks, options)
+        bad = {ask for ask in found if interview.scans[ask.image].sample.key == broken}
+        return {ask: Scores([float("nan")] * 3, None) if ask in bad else one for ask, one in found.items()}
+
+    monkeypatch.setattr(Interview, "score", score)
+    arguments = ["--model", folder / "run", "--data", with_val, "--out", tmp_path, "--arms", "image", "--no-baselines"]
+    code, stdout, stderr = medblip("evaluate", *arguments, "--vqa-scans", 0)
+    assert code == 1 and stdout == "" and f"{broken}, arm image" in stderr and "not finite" in stderr
+
+
+def test_scans_without_a_diagnosis_are_asked_what_is_known_of_them(folder, with_val, medblip, tmp_path):
+    arguments = ["--model", folder / "run", "--data", with_val, "--out", tmp_path, "--arms", "image", "--no-baselines"]
+    assert medblip("evaluate", *arguments)[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["cohorts"]) == ["THREE"] and set(report["vqa"]) == {"THREE", "BARE"}
+    for kinds in report["vqa"]["BARE"].values():
+        assert {kind: scores["n"] for kind, scores in kinds.items()} == {"age": 3, "sex": 3, "extent": 3}
+    assert "3 of 12 scans have no diagnosis and are not scored on it; 3 of these were asked" in report["notes"][0]
+    assert "BARE" in (tmp_path / "report.md").read_text()
+
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    trained = next(sample for sample in ShardIndex(with_val).samples("test") if sample.cohort == "BARE")
+    with open(run / "train_subjects.txt", "a") as file:
+        file.write(f"{trained.subject}\n")
+    code, _, stderr = medblip("evaluate", "--model", run, "--data", with_val, "--out", tmp_path / "out")
+    assert code == 1 and trained.key in stderr, "a subject of the training, though it has no diagnosis"
 
 
 @pytest.mark.slow
