@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from medblip.words import MAX_ANSWER_TOKENS
@@ -165,8 +166,8 @@ class Language(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-likelihood of each option as the whole answer, and whether greedy generation would write just that.
 
-        The prefix is read once: each option goes on from its cache (of the decoder, or of the encoder with the
-        decoder's first step). The same numbers as `forward` for each option, to rounding.
+        The prefix is read once: the options go on from its cache (of the decoder, or of the encoder with the decoder's
+        first step), all of them at a time. The same numbers as `forward` for each option, to rounding.
 
         Args:
             queries_BQC: images; `Q` may be 0 where none of them is used.
@@ -179,50 +180,51 @@ class Language(nn.Module):
             `B O` in float32, and `B O`.
         """
         prefix = self.prefix(queries_BQC, use_queries_B, prompt_ids_BT, is_prompt_BT)
-        first, rest = self._read_once(prefix)
-        logp_OB, is_written_OB = [], []
-        for ids_A in options:
-            logits_BAV = first.logits[:, -1:].float()
-            if len(ids_A) > 1:
-                ids_BA = ids_A[:-1].expand(len(prompt_ids_BT), -1)
-                logits_BAV = torch.cat([logits_BAV, rest(ids_BA).float()], dim=1)
-            wanted_BA1 = ids_A.expand(len(prompt_ids_BT), -1)[..., None]
-            logp_OB.append(logits_BAV.log_softmax(-1).gather(-1, wanted_BA1)[..., 0].sum(1))
-            is_written_OB.append((logits_BAV.argmax(-1) == ids_A).all(1))
-        return torch.stack(logp_OB, 1), torch.stack(is_written_OB, 1)
+        ids_OA = pad_sequence(options, batch_first=True)
+        num_tokens_O = torch.tensor([len(ids_A) for ids_A in options], device=ids_OA.device)
+        is_padding_OA = torch.arange(ids_OA.shape[1], device=ids_OA.device) >= num_tokens_O[:, None]
+        first = self._read(prefix)
+        logits_BOAV = first.logits[:, None, -1:].expand(-1, len(options), -1, -1)
+        if ids_OA.shape[1] > 1:
+            logits_BOAV = torch.cat([logits_BOAV, self._go_on(prefix, first, ids_OA[:, :-1])], dim=2)
+        logits_BOAV = logits_BOAV.float()
+        wanted_BOA1 = ids_OA.expand(len(prompt_ids_BT), -1, -1)[..., None]
+        logp_BOA = logits_BOAV.log_softmax(-1).gather(-1, wanted_BOA1)[..., 0].masked_fill(is_padding_OA, 0)
+        is_written_BO = ((logits_BOAV.argmax(-1) == ids_OA) | is_padding_OA).all(-1)
+        return logp_BOA.sum(-1), is_written_BO
 
-    def _read_once(self, prefix: Prefix):
-        """What the model makes of a prefix, with the logits of the first answer token, and a function that gives the
-        logits after each further token, `B A` to `B A V`; it may be called again and again."""
+    def _read(self, prefix: Prefix):
+        """What the model makes of a prefix: the logits of the first answer token, and its cache."""
         mask_BS = prefix.is_read_BS.long()
-        num_read_B1 = mask_BS.sum(1, keepdim=True)
         if self.is_encoder_decoder:
-            start_B1 = torch.full_like(num_read_B1, self.start_id)
-            first = self.lm(
+            start_B1 = torch.full_like(mask_BS[:, :1], self.start_id)
+            return self.lm(
                 inputs_embeds=prefix.embeddings_BSE, attention_mask=mask_BS, decoder_input_ids=start_B1, use_cache=True
             )
-            read = BaseModelOutput(first.encoder_last_hidden_state)
+        optional = {"position_ids": (mask_BS.cumsum(1) - 1).clamp(min=0)} if self.accepts_positions else {}
+        optional |= {"logits_to_keep": 1} if self.accepts_keep else {}
+        return self.lm(inputs_embeds=prefix.embeddings_BSE, attention_mask=mask_BS, use_cache=True, **optional)
+
+    def _go_on(self, prefix: Prefix, first, ids_OA: Tensor) -> Tensor:
+        """The logits after each token of each option, `B O A V`, from what `_read` gave, whose cache this uses up."""
+        num_rows, num_options = len(prefix.is_read_BS), len(ids_OA)
+        is_read_RS = prefix.is_read_BS.repeat_interleave(num_options, 0)  # R: the options of a row, row by row
+        ids_RA = ids_OA.repeat(num_rows, 1)
+        if first.cache is None or not first.cache.is_croppable:  # recurrent models keep no cache that can be copied
+            prefix = Prefix(prefix.embeddings_BSE.repeat_interleave(num_options, 0), is_read_RS)
+            logits_RAV = self._logits(prefix, torch.cat([ids_RA, ids_RA[:, :1]], dim=1))[:, 1:]
         else:
-            optional = {"position_ids": (mask_BS.cumsum(1) - 1).clamp(min=0)} if self.accepts_positions else {}
-            optional |= {"logits_to_keep": 1} if self.accepts_keep else {}
-            first = self.lm(inputs_embeds=prefix.embeddings_BSE, attention_mask=mask_BS, use_cache=True, **optional)
-        can_go_back = first.cache is not None and first.cache.is_croppable
-
-        def rest(ids_BA: Tensor) -> Tensor:
-            num_tokens = ids_BA.shape[1]
-            if not can_go_back:  # recurrent models cannot forget an option again
-                return self._logits(prefix, torch.cat([ids_BA, ids_BA[:, :1]], dim=1))[:, 1:]
+            first.cache.batch_repeat_interleave(num_options)
             if self.is_encoder_decoder:
-                words = {"encoder_outputs": read, "attention_mask": mask_BS, "decoder_input_ids": ids_BA}
+                read = BaseModelOutput(first.encoder_last_hidden_state.repeat_interleave(num_options, 0))
+                words = {"encoder_outputs": read, "attention_mask": is_read_RS.long(), "decoder_input_ids": ids_RA}
             else:
-                words = {"input_ids": ids_BA, "attention_mask": torch.cat([mask_BS, torch.ones_like(ids_BA)], dim=1)}
+                is_read_RS = torch.cat([is_read_RS, torch.ones_like(ids_RA, dtype=torch.bool)], dim=1)
+                words = {"input_ids": ids_RA, "attention_mask": is_read_RS.long()}
                 if self.accepts_positions:
-                    words["position_ids"] = num_read_B1 + torch.arange(num_tokens, device=ids_BA.device)
-            logits_BAV = self.lm(**words, cache=first.cache, use_cache=True).logits
-            first.cache.crop(-num_tokens)
-            return logits_BAV
-
-        return first, rest
+                    words["position_ids"] = is_read_RS.long().cumsum(1)[:, -ids_RA.shape[1] :] - 1
+            logits_RAV = self.lm(**words, cache=first.cache, use_cache=True).logits
+        return logits_RAV.unflatten(0, (num_rows, num_options))
 
     @torch.no_grad()
     def generate(
