@@ -16,7 +16,7 @@ LAYERS = [
     ["config"],
     ["distributed", "schedule", "text", "dicom", "stopping", "lines"],
     ["image", "remote", "watch", "tally", "ds_config"],
-    ["volume", "cache"],
+    ["volume", "cache", "lessons"],
     ["towers"],
     ["words", "pretrained"],
     ["shards"],
