@@ -16,7 +16,7 @@ LAYERS = [
     ["config"],
     ["distributed", "schedule", "text", "dicom", "stopping", "lines"],
     ["image", "remote", "watch", "tally", "ds_config"],
-    ["volume", "cache", "lessons"],
+    ["volume", "cache"],
     ["towers"],
     ["words", "pretrained"],
     ["shards"],
