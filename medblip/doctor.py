@@ -234,11 +234,13 @@ def _rendezvous(ranks: int, is_ours: bool) -> Iterator[Finding]:
 
 
 def _run_folder(run: Path) -> Iterator[Finding]:
+    from medblip.progress import read_json
+
     _try_writing(run)
     status = run / "status.json"
     found = "new"
     if status.exists():
-        says = _read_json(status)
+        says = read_json(status)
         if says is None:
             advice = "nothing to do: it is only a report, which the next job writes anew"
             yield Finding("run folder", WARNING, f"{status} is damaged", advice)
@@ -425,16 +427,9 @@ def _fingerprints(config: TrainConfig) -> Iterator[Finding]:
 
 def _stored(run: Path) -> dict[str, Any] | None:
     """config.json of a run that was begun. A damaged one is `keep_schedule`'s to refuse, once there are checkpoints."""
-    return _read_json(run / "config.json")
+    from medblip.progress import read_json
 
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none or it is damaged."""
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else None
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) else None
+    return read_json(run / "config.json")
 
 
 def _nearest(folder: Path) -> Path:

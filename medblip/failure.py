@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import traceback
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from medblip.config import TrainConfig
 from medblip.distributed import log
-from medblip.progress import RunIsLocked, write_json
+from medblip.progress import RunIsLocked, read_json, write_json
 from medblip.watch import RUN_ME_AGAIN, Watch
 
 FAILED = 1
@@ -40,9 +39,8 @@ def report(error: Exception, config: TrainConfig, watch: Watch | None) -> int:
     if watch is not None and watch.rank.is_main and not isinstance(error, RunIsLocked):
         path = Path(config.run) / "status.json"
         try:
-            status = json.loads(path.read_text()) if path.exists() else {}
-            write_json(path, status | {"state": "failed", "error": message, "exit_code": code})
-        except (OSError, ValueError):
+            write_json(path, (read_json(path) or {}) | {"state": "failed", "error": message, "exit_code": code})
+        except OSError:
             pass  # the disk may be what failed; the log has it
     return code
 

@@ -56,6 +56,15 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(unfinished, path)
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def check_same_run(stored: dict[str, Any], config: TrainConfig) -> None:
     """Refuses to go on with a run under options that change what is learned.
 
