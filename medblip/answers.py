@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medblip.bootstrap import draw_weights, interval, share_interval
+from medblip.bootstrap import draw_weights, interval, share_interval, weighted_mean
 from medblip.text import Question
 
 TOLERANCE = 5.0
@@ -58,18 +58,12 @@ def score_answers(
         weight_DN = draw_weights(np.zeros(len(truths), dtype=int), subjects, num_draws, seed)
         intervals = {name: share_interval(v_N, subjects, weight_DN) for name, v_N in values.items() if name != "mae"}
         if "mae" in values:  # the others lie between 0 and 1
-            intervals["mae"] = interval(_weighted_mean(weight_DN, values["mae"]))
+            intervals["mae"] = interval(weighted_mean(weight_DN, values["mae"]))
     return {"n": len(truths)} | means | rest | {"ci95": intervals}
 
 
 def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".").rstrip()
-
-
-def _weighted_mean(weight_DN: NDArray, value_N: NDArray) -> NDArray:
-    known_N = np.isfinite(value_N)
-    with np.errstate(invalid="ignore"):
-        return weight_DN[:, known_N] @ value_N[known_N] / weight_DN[:, known_N].sum(axis=1)
 
 
 def _closed(question: Question, truths: list[str], answers: list[str]) -> tuple[dict[str, NDArray], dict[str, Any]]:

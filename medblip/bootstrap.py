@@ -23,8 +23,6 @@ from scipy.stats import beta
 
 Z_95 = 1.959964
 """Standard deviations of a normal that hold 95 % on both sides of its mean."""
-
-
 TOUCHES = 1e-9
 """Closer to a bound than any share of subjects is."""
 
@@ -54,6 +52,13 @@ def interval(values_D: NDArray) -> list[float] | None:
     return np.percentile(known, [2.5, 97.5]).tolist() if len(known) else None
 
 
+def weighted_mean(weight_DN: NDArray, value_N: NDArray) -> NDArray:
+    """The mean of the values that are known, in each draw; NaN in a draw that holds none of them."""
+    known_N = np.isfinite(value_N)
+    with np.errstate(invalid="ignore"):
+        return weight_DN[:, known_N] @ value_N[known_N] / weight_DN[:, known_N].sum(axis=1)
+
+
 def exact_interval(share: float, num_subjects: int) -> list[float]:
     """The 95 % limits of a share that so many subjects have (Clopper & Pearson 1934); 0 and 1 where it is at them.
 
@@ -70,8 +75,7 @@ def share_interval(value_N: NDArray, subjects: Sequence[str], weight_DN: NDArray
 
     That of the draws; where it touches 0 or 1 or has no width, `exact_interval`.
     """
-    with np.errstate(invalid="ignore"):
-        found = interval(weight_DN @ value_N / weight_DN.sum(axis=1))
+    found = interval(weighted_mean(weight_DN, value_N))
     if found is None or (found[0] > TOUCHES and found[1] < 1 - TOUCHES and found[1] - found[0] > TOUCHES):
         return found
     return exact_interval(float(value_N.mean()), len(set(subjects)))

@@ -95,7 +95,7 @@ def score(
         **_calibration(truth_N, p_NK),
         "ece_if_calibrated": _ece_if_calibrated(p_NK, subjects, seed),
         "roc": {c: _roc(truth_N == k, p_NK[:, k]) if true_K[k] else None for k, c in enumerate(classes)},
-        "ci95": _intervals(truth_N, p_NK, classes, subjects, weight_DN),
+        "ci95": _intervals(truth_N, p_NK, classes, subjects, confusion_KK, weight_DN),
     }
 
 
@@ -135,7 +135,7 @@ def compare(
     if weight_DN is None:
         return {name: {"difference": a[name] - b[name], "ci95": None, "p_value": None} for name in COMPARED}
     draws_a, draws_b = (weighted_scores(truth_N, p_NK, weight_DN) for p_NK in (a_NK, b_NK))
-    beyond_a, beyond_b = (beyond_draws(truth_N, p_NK, subjects) for p_NK in (a_NK, b_NK))
+    beyond_a, beyond_b = (_beyond_draws(truth_N, p_NK, subjects) for p_NK in (a_NK, b_NK))
     found = {}
     for name in COMPARED:
         difference, difference_D = a[name] - b[name], draws_a[name] - draws_b[name]
@@ -265,7 +265,12 @@ def _drawn(truth_N: NDArray, subjects: Sequence[str], num_draws: int, seed: int)
 
 
 def _intervals(
-    truth_N: NDArray, p_NK: NDArray, classes: Sequence[str], subjects: Sequence[str], weight_DN: NDArray | None
+    truth_N: NDArray,
+    p_NK: NDArray,
+    classes: Sequence[str],
+    subjects: Sequence[str],
+    confusion_KK: NDArray,
+    weight_DN: NDArray | None,
 ) -> dict[str, Any]:
     """`ci95` of `score`."""
     if weight_DN is None:
@@ -279,12 +284,12 @@ def _intervals(
     recalls = [share(told_N == k, truth_N == k) for k in labels]
     of_recalls = {name: interval(draws[name]) for name in ("balanced_accuracy", "macro_f1")}
     if not _is_constant(p_NK):
-        of_recalls = _from_recalls(confusion_matrix(truth_N, told_N, labels=labels).astype(float), recalls)
+        of_recalls = _from_recalls(confusion_KK.astype(float), recalls)
     return of_recalls | {
         "macro_auc": widened(
             once["macro_auc"],
             auc_interval(once["macro_auc"], draws["macro_auc"]),
-            *_auc_beyond(truth_N, p_NK, subjects),
+            *_beyond_macro_auc(truth_N, p_NK, subjects),
         ),
         "brier": interval(draws["brier"]),
         "recall": dict(zip(classes, recalls, strict=True)),
@@ -331,7 +336,7 @@ def _from_recalls(confusion_KK: NDArray, recalls: list[list[float] | None]) -> d
     return dict(zip(("balanced_accuracy", "macro_f1"), limits.tolist(), strict=True))
 
 
-def beyond_draws(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str]) -> dict[str, tuple[float, float]]:
+def _beyond_draws(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str]) -> dict[str, tuple[float, float]]:
     """How far COMPARED may lie below and above for what is the same in every draw, however few the subjects are."""
     if _is_constant(p_NK):
         return dict.fromkeys(COMPARED, (0.0, 0.0))
@@ -344,11 +349,11 @@ def beyond_draws(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str]) -> di
             squares += np.square([recall - low, high - recall]) / len(occurring) ** 2
     return {
         "balanced_accuracy": tuple(np.sqrt(squares).tolist()),
-        "macro_auc": _auc_beyond(truth_N, p_NK, subjects),
+        "macro_auc": _beyond_macro_auc(truth_N, p_NK, subjects),
     }
 
 
-def _auc_beyond(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str]) -> tuple[float, float]:
+def _beyond_macro_auc(truth_N: NDArray, p_NK: NDArray, subjects: Sequence[str]) -> tuple[float, float]:
     """How far macro AUC may lie below and above for those classes whose AUC is at a bound, in quadrature."""
     columns, names, squares = _columns(np.unique(truth_N), p_NK.shape[1]), np.asarray(subjects), np.zeros(2)
     for k in columns:
