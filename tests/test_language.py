@@ -404,6 +404,7 @@ def test_a_model_that_cannot_forget_an_option_reads_each_with_the_prompt_anew(mo
     options = [torch.tensor(ids) for ids in ([31, 2], [41, 42, 43, 2])]
     shared, _ = language.score_options(*prompts, options)
     monkeypatch.setattr(DynamicCache, "is_croppable", property(lambda self: False))
-    monkeypatch.setattr(DynamicCache, "crop", lambda self, count: pytest.fail("it cannot"))
+    for change in ("crop", "batch_repeat_interleave"):
+        monkeypatch.setattr(DynamicCache, change, lambda self, count: pytest.fail("it cannot"))
     anew, _ = language.score_options(*prompts, options)
     torch.testing.assert_close(anew, shared, atol=1e-5, rtol=1e-6)
