@@ -262,32 +262,61 @@ def draw_example(
     )
 
 
-def template_text(draw: random.Random) -> tuple[str, str, str]:
-    """A made-up (hint, prompt, answer) in this module's wording, for teaching the tiny language models.
+READING_QUESTIONS = {
+    "age_years": ("How old is this subject?", "What is the age of this subject?"),
+    "education_years": ("How many years of education?", "What is the education of this subject?"),
+    "mmse": ("What is the MMSE score?", "What is the MMSE of this subject?"),
+    "moca": ("What is the MoCA score?", "What is the MoCA of this subject?"),
+}
+"""Questions about numbers that a record holds, by which the tiny language models learn to read one."""
 
-    The hint states the answer; nothing links the answer to the record's fields, so no knowledge about the
-    disease is taught, only the wording and that an answer follows from what was read.
-    """
-    fields = {
-        "age_years": draw.choice((draw.randint(18, 99), draw.randint(18, 99), None)),
+
+def _made_up_fields(draw: random.Random) -> dict:
+    return {
+        "age_years": draw.choice((draw.randint(18, 99), draw.randint(50, 95), None)),
         "sex": draw.choice(("F", "M", None)),
         "education_years": draw.randint(4, 24),
         "apoe_e4": draw.randint(0, 2),
-        "mmse": draw.randint(0, 30),
+        "mmse": draw.choice((draw.randint(0, 30), draw.randint(18, 30))),
         "moca": draw.randint(0, 30),
         "cdr_global": draw.choice((0, 0.5, 1, 2, 3)),
         "cdr_sb": draw.randint(0, 36) / 2,
         "field_strength_t": draw.choice(FIELD_STRENGTHS_T),
     }
+
+
+def hinted_text(draw: random.Random) -> tuple[str, str, str]:
+    """A made-up (hint, prompt, answer) in this module's wording, for teaching the tiny language models.
+
+    The hint states the answer; nothing links the answer to the record's fields, so no knowledge about the
+    disease is taught, only the wording and that an answer follows from what was read.
+    """
     example = draw_example(
-        fields,
+        _made_up_fields(draw),
         "",
         draw.choice((*DIAGNOSIS_ANSWERS, *DIAGNOSIS_ANSWERS, None)),
-        draw.choice(tuple(TIER_FIELDS)),
+        draw.choice(tuple(TIER_FIELDS)[1:]),
         draw,
         record_dropout=0.3,
-        field_dropout=0.3,
+        field_dropout=0.4,
         other_questions=0.4,
         extent_mm=tuple(draw.randint(60, 260) for _ in range(3)),
     )
     return f"{example.answer}.", example.prompt, example.answer
+
+
+def reading_text(draw: random.Random, most: int = 5) -> tuple[str, list[tuple[str, str]]]:
+    """A made-up record and up to `most` (question, answer) about what it says, at least one; never a diagnosis."""
+    asked = []
+    while not asked:
+        fields, tier = _made_up_fields(draw), draw.choice(tuple(TIER_FIELDS)[1:])
+        dropped = {name for name in fields_of(tier) if draw.random() < 0.5}
+        for name in fields_of(tier):
+            if name in dropped or fields[name] is None:
+                continue
+            if name in READING_QUESTIONS:
+                asked.append((draw.choice(READING_QUESTIONS[name]), f"{fields[name]:.0f}"))
+            kinds = (kind for kind, question in QUESTIONS.items() if question.field == name and kind != "age")
+            asked += [(draw.choice(QUESTIONS[kind].wordings), answer_to(kind, fields, None)) for kind in kinds]
+        draw.shuffle(asked)
+    return render_record(fields, "", tier, dropped, draw.randrange(NUM_WORDINGS)), asked[:most]

@@ -15,10 +15,10 @@ from medblip.text import (
     answer_to,
     draw_example,
     fields_of,
+    hinted_text,
     is_diagnosis_question,
     render_prompt,
     render_record,
-    template_text,
 )
 
 TIERS = list(TIER_FIELDS)
@@ -237,10 +237,10 @@ def test_chances_are_kept():
     assert all(e.record_text for e in drawn)  # the record left out of the prompt is still contrasted with the image
 
 
-def test_template_text_links_no_field_to_the_diagnosis():
+def test_hinted_text_links_no_field_to_the_diagnosis():
     """Chi-squared tests of independence between each field's sentence and the answer."""
     draw = random.Random(1)
-    texts = [text for text in (template_text(draw) for _ in range(12000)) if text[2] in DIAGNOSIS_ANSWERS.values()]
+    texts = [text for text in (hinted_text(draw) for _ in range(12000)) if text[2] in DIAGNOSIS_ANSWERS.values()]
     assert len(texts) > 4000
     for hint, prompt, answer in texts:
         assert hint == f"{answer}." and answer not in prompt
