@@ -102,7 +102,7 @@ def measure(case: str, folder: Path) -> dict:
     config = dataclasses.replace(PRESETS["tiny"].model, patch_edge=edge, **parts)
     model = MedBLIP(config, grid, torch.device("cpu"), torch.bfloat16).to(torch.bfloat16).train()
     examples = [draw_example({"age_years": 71, "sex": "F"}, "", "AD", "demographics", random.Random(0))]
-    words = build_words(config).batch(examples, ["somebody"])
+    words = build_words(config).batch(examples, ["somebody"], ["key"])
     volume_BXYZ = torch.randn(1, grid, grid, grid, dtype=torch.bfloat16)
     batch = Batch(keys=["key"], volume_BXYZ=volume_BXYZ, weight_B=torch.ones(1), **words)
     planned = by_the_plan(config, grid)

@@ -36,6 +36,8 @@ class ModelConfig:
     """Learned queries, each of which becomes one token for the language model."""
     contrast_width: int = 256
     """Width of the space in which images and texts are contrasted."""
+    contrast_temperature: float = 0.07
+    """Start of the learned temperature; 1 lets a model that has just been made be unsure."""
     train_final_layernorm: bool = False
     """Train the LayerNorm after the last frozen vision block."""
     lora: bool = True
@@ -69,6 +71,7 @@ class Preset:
     learning_rate: float
     lora_learning_rate: float
     weight_decay: float
+    questions_per_scan: int = 1
 
 
 _TINY = ModelConfig(
@@ -78,7 +81,9 @@ _TINY = ModelConfig(
     patch_edge=16,
     patch_init="random",
     contrast_width=64,
+    contrast_temperature=1.0,
     train_final_layernorm=True,
+    qformer_dropout=0.0,
     max_prompt_tokens=160,
     max_record_tokens=96,
 )
@@ -88,9 +93,10 @@ _TINY_PRESET = Preset(
     epochs=32,
     global_batch=16,
     micro_batch=8,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
     lora_learning_rate=5e-3,
     weight_decay=0.05,
+    questions_per_scan=2,
 )
 
 _FULL_PRESET = Preset(
@@ -189,6 +195,8 @@ class TrainConfig:
     """Probability that one field of a record is left out."""
     query_dropout: float = 0.1
     """Probability that the image's queries are left out of the prompt."""
+    questions_per_scan: int | None = None
+    """Questions that a scan is asked each time it is read, its image being encoded once. Without it: the preset's."""
     other_questions: float = 0.2
     """Share of the samples with a diagnosis that are asked something else instead: age, sex, MMSE range, ..."""
     seed: int = 0
@@ -226,7 +234,7 @@ class TrainConfig:
         if self.preset not in PRESETS:
             raise ValueError(unknown("preset", self.preset, PRESETS))
         counts = ("steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every")
-        counts += ("max_nonfinite", "step_timeout_s", "validate_scans")
+        counts += ("max_nonfinite", "step_timeout_s", "validate_scans", "questions_per_scan")
         shares = ("record_dropout", "field_dropout", "query_dropout", "other_questions", "warmup_fraction", "dropout")
         shares += ("max_skipped",)
         for names, fits, rule in (

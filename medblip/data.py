@@ -75,7 +75,10 @@ class SampleStream:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's micro-batch on the device. Masks: True = a token that counts, False = padding."""
+    """One rank's micro-batch on the device. Masks: True = a token that counts, False = padding.
+
+    With several questions a scan, words, groups and weights have that many rows for each volume, next to each other.
+    """
 
     keys: list[str]
     volume_BXYZ: Tensor
@@ -127,6 +130,7 @@ class Loader:
         positions: the stream positions of each micro-batch, endless.
         seed: of the run.
         pin: buffers in pinned memory, for a GPU.
+        questions: examples drawn of each sample.
         depth: micro-batches read ahead.
     """
 
@@ -140,11 +144,12 @@ class Loader:
         positions: Iterator[list[int]],
         seed: int,
         pin: bool,
+        questions: int = 1,
         depth: int = 2,
     ):
         self._reader, self._samples, self._stream, self._words = reader, samples, stream, words
         self._draw_example, self._positions, self._seed = draw_example, positions, seed
-        self._pin = pin
+        self._pin, self._questions = pin, questions
         # Read ahead, in the training's hands, and being filled.
         self._buffers: list[Tensor | None] = [None] * (depth + 2)
         self._copied: list[torch.cuda.Event | None] = [None] * (depth + 2)
@@ -219,16 +224,18 @@ class Loader:
         unreadable = self._fill(samples, buffer.numpy())
         examples = []
         for sample, epoch in zip(samples, epochs, strict=True):
-            example = UNREADABLE
+            drawn = [UNREADABLE] * self._questions
             if sample.key not in unreadable:
                 try:
                     record = self._reader.record(sample)
-                    example = self._draw_example(record, sample, sample_draw(self._seed, epoch, sample.key, "words"))
+                    sources = (sample_draw(self._seed, epoch, sample.key, f"words{n or ''}") for n in range(len(drawn)))
+                    drawn = [self._draw_example(record, sample, source) for source in sources]
                 except (ValueError, KeyError, TypeError, OSError) as error:
                     unreadable[sample.key] = f"its record: {type(error).__name__}"  # its text may be in the message
-            examples.append(example)
+            examples += drawn
         self._copied[slot] = torch.cuda.Event() if self._pin else None
-        words = self._words.batch(examples, [sample.subject for sample in samples])
+        asked = [sample for sample in samples for _ in range(self._questions)]
+        words = self._words.batch(examples, [s.subject for s in asked], [s.key for s in asked])
         return HostBatch(samples, epochs, examples, buffer[:num_voxels], words, self._copied[slot], unreadable)
 
     def _fill(self, samples: list[Sample], flat: np.ndarray) -> dict[str, str]:
@@ -259,6 +266,7 @@ def to_device(
         host.copied.record()
     words = {name: tensor.to(device, non_blocking=True) for name, tensor in host.words.items()}
     weight_B = torch.tensor([sample.weight for sample in host.samples], device=device)
+    weight_B = weight_B.repeat_interleave(len(host.examples) // len(host.samples))
     return Batch(keys=[s.key for s in host.samples], volume_BXYZ=volume_BXYZ, weight_B=weight_B, **words)
 
 
@@ -270,17 +278,16 @@ def unpack(
     dtype: torch.dtype,
     epochs: list[int] | None = None,
     augment_seed: int | None = None,
-    max_shift: int = 2,
 ) -> Tensor:
     """Flat uint8 voxels to `B X Y Z` on the device: padded with 0, scaled to (v / 255 - mean) / std, cast.
 
-    With an `augment_seed`: a left-right flip in half of the samples, a shift of at most `max_shift` voxels along
-    each axis, and an intensity gain of at most 10 %, drawn per (seed, epoch, KEY).
+    With an `augment_seed`: a left-right flip in half of the samples, a shift of at most 2 % of the grid (one voxel at
+    least) along each axis, and an intensity gain of at most 10 %, drawn per (seed, epoch, KEY).
     """
     flat = flat.to(device, non_blocking=True)
     size = (len(samples), grid_size, grid_size, grid_size)
     volume_BXYZ = torch.full(size, -INTENSITY_MEAN / INTENSITY_STD, device=device, dtype=dtype)
-    start = 0
+    start, max_shift = 0, max(1, grid_size // 48)
     for row, sample in enumerate(samples):
         volume_XYZ = flat[start : start + sample.num_voxels].view(sample.shape)
         start += sample.num_voxels

@@ -55,7 +55,7 @@ def contrastive_loss(
         weight_B = is_valid_B * (world_size() / num_valid.clamp(min=1)) * float(enough)
     # The gradient passes the clamp, so that a temperature beyond a bound can come back.
     temperature = temperature.float()
-    temperature = temperature + (temperature.clamp(0.01, 0.5) - temperature).detach()
+    temperature = temperature + (temperature.clamp(0.01, 1.0) - temperature).detach()
     image_to_text_BG = torch.einsum("bqk,gk->bgq", image_BQK, text_GK).amax(-1) / temperature
     text_to_image_BG = torch.einsum("bk,gqk->bgq", text_BK, image_GQK).amax(-1) / temperature
     loss = 0.0
@@ -63,6 +63,22 @@ def contrastive_loss(
         similarity_BG = similarity_BG.masked_fill(~is_valid_G[None], -1e4)
         loss = loss - 0.5 * (weight_B * (target_BG * similarity_BG.log_softmax(-1)).sum(-1)).sum()
     return loss
+
+
+def centred(features: Tensor, is_valid_B: Tensor) -> Tensor:
+    """Features in float32 less their mean over the valid samples of all ranks, with the gradient of both.
+
+    What all images, or all texts, share tells nothing about which belong together, but is nearly all of their size in
+    a model that has just been made: cosines are then 0.99 for any pair, and the contrast stays where it began.
+
+    Args:
+        features: `B K`, or `B Q K` with a mean for each query.
+        is_valid_B: samples that count, see `contrastive_loss`.
+    """
+    features = features.float()
+    is_valid = is_valid_B.view(-1, *[1] * (features.ndim - 1)).float()
+    total, num_valid = gather((features * is_valid).sum(0, keepdim=True)).sum(0), gather(is_valid_B.float()).sum()
+    return features - total / num_valid.clamp(min=1)
 
 
 def language_loss(logp_BA: Tensor, is_answer_BA: Tensor, weight_B: Tensor | None = None) -> Tensor:

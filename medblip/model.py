@@ -1,7 +1,7 @@
 """MedBLIP whole: volume -> vision tower -> MedQFormer -> language model, with the contrast beside it.
 
 B samples of this rank, X Y Z voxels (RAS+), P patches, Q queries, C width, T prompt tokens, A answer tokens.
-Source: arXiv 2305.10799. The published model is the special case of one rank with all texts distinct.
+Source: arXiv 2305.10799, whose loss is that of one rank with all texts distinct, but for the centred contrast.
 """
 
 from __future__ import annotations
@@ -11,37 +11,12 @@ from torch import Tensor, nn
 
 from medblip import pretrained, towers
 from medblip.config import ModelConfig
+from medblip.contrast import Contrast
 from medblip.data import Batch
 from medblip.language import Language
-from medblip.losses import contrastive_loss, language_loss
+from medblip.losses import language_loss
 from medblip.qformer import MedQFormer
 from medblip.vision import VisionTower
-
-
-class Contrast(nn.Module):
-    """Projections into the shared space, one temperature, and the two contrastive terms."""
-
-    def __init__(self, width: int, contrast_width: int):
-        super().__init__()
-        self.image_projection = nn.Linear(width, contrast_width)
-        self.record_projection = nn.Linear(width, contrast_width)
-        self.statement_projection = nn.Linear(width, contrast_width)
-        self.temperature = nn.Parameter(torch.tensor([0.07]))
-
-    def forward(
-        self, queries_BQC: Tensor, record_BC: Tensor, statement_BC: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """Image-record and image-answer contrast."""
-        image_BQK = self.image_projection(queries_BQC)
-        terms = (
-            (self.record_projection(record_BC), batch.record_groups_BN, batch.is_record_BT),
-            (self.statement_projection(statement_BC), batch.statement_groups_BN, batch.is_statement_BT),
-        )
-        record, statement = (
-            contrastive_loss(image_BQK, text_BK, groups_BN, is_text_BT[:, 0], self.temperature)
-            for text_BK, groups_BN, is_text_BT in terms
-        )
-        return record, statement
 
 
 class MedBLIP(nn.Module):
@@ -79,7 +54,7 @@ class MedBLIP(nn.Module):
             qformer, config.qformer_init == "random", self.vision.width, attention["qformer"], config.qformer_dropout
         )
         self.qformer = MedQFormer(transformer, self.vision.width, config.num_queries)
-        self.contrast = Contrast(self.qformer.width, config.contrast_width)
+        self.contrast = Contrast(self.qformer.width, config.contrast_width, config.contrast_temperature)
         pretrained.place(self, beside, qformer)
         lm = pretrained.load_language(language, dtype, attention["language"])
         self.language = Language(
@@ -93,6 +68,7 @@ class MedBLIP(nn.Module):
     def forward(self, batch: Batch, contrastive: bool = True) -> dict[str, Tensor]:
         """Losses of a micro-batch: `loss` = `loss_itc` (image-record + image-answer) + `loss_lm`."""
         queries_BQC = self.qformer(self.vision(batch.volume_BXYZ))
+        queries_BQC = queries_BQC.repeat_interleave(len(batch.prompt_ids_BT) // len(queries_BQC), 0)
         logp_BA = self.language(
             queries_BQC,
             batch.use_queries_B,

@@ -126,7 +126,7 @@ def plan(options: PlanOptions) -> int:
         files = {options.deepspeed_config: options.deepspeed_config}
     engines = {name: load_deepspeed_config(path, schedule) for name, path in files.items()}
     model = build(config, options.size, _weight_bytes(next(iter(engines.values()))))
-    kept = activations(model, config, options.size, micro_batch)
+    kept = activations(model, config, options.size, micro_batch, schedule.questions_per_scan)
     choices = {}
     for name, engine in engines.items():
         share = divide(engine, model, options.gpus, options.nodes)
@@ -255,7 +255,9 @@ def kept_for_backward(model: nn.Module, function, *args) -> tuple[Any, list[int]
     return output, [storage.nbytes() for number, storage in kept.items() if number not in own]
 
 
-def activations(model: nn.Module, config: ModelConfig, grid_size: int, num_samples: int) -> dict[bool, Activations]:
+def activations(
+    model: nn.Module, config: ModelConfig, grid_size: int, num_samples: int, questions_per_scan: int = 1
+) -> dict[bool, Activations]:
     """Activation bytes of a micro-batch with the longest texts, without (False) and with checkpointing (True).
 
     The gradient passes through the frozen blocks to the 3-D embedding and to LoRA, so they keep theirs too; a frozen
@@ -265,13 +267,14 @@ def activations(model: nn.Module, config: ModelConfig, grid_size: int, num_sampl
 
     from medblip.words import MAX_ANSWER_TOKENS
 
+    num_rows = num_samples * questions_per_scan
     with torch.device("meta"):
         volume_BXYZ = torch.empty(num_samples, *[grid_size] * 3, dtype=model.vision.patch_embedding.weight.dtype)
         prompt, answer, record = (
-            (torch.empty(num_samples, length, dtype=torch.long), torch.empty(num_samples, length, dtype=torch.bool))
+            (torch.empty(num_rows, length, dtype=torch.long), torch.empty(num_rows, length, dtype=torch.bool))
             for length in (config.max_prompt_tokens, MAX_ANSWER_TOKENS, config.max_record_tokens)
         )
-        use_queries_B = torch.empty(num_samples, dtype=torch.bool)
+        use_queries_B = torch.empty(num_rows, dtype=torch.bool)
     num_blocks, kept, largest = {}, {}, 0
     for checkpointing in (False, True):
         for name in ("vision", "language"):
@@ -280,8 +283,9 @@ def activations(model: nn.Module, config: ModelConfig, grid_size: int, num_sampl
             patches_BPC, vision = kept_for_backward(model, model.vision, volume_BXYZ)
             queries_BQC, queries = kept_for_backward(model, model.qformer, patches_BPC)
             _, text = kept_for_backward(model, model.qformer.read_text, *record)
+            queries_BQC = queries_BQC.repeat_interleave(questions_per_scan, 0)
             _, language = kept_for_backward(model, model.language, queries_BQC, use_queries_B, *prompt, *answer)
-        # Two texts a sample: record and answer.
+        # Two texts a question: record and answer.
         sizes = {"vision": sum(vision), "qformer": sum(queries) + 2 * sum(text), "language": sum(language)}
         kept[checkpointing], largest = sizes, max(largest, *vision, *queries, *text, *language)
     # The volume itself, and the gradients on both sides of an operation on the largest tensor.

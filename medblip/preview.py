@@ -24,21 +24,23 @@ def dry_run(count: int, loader: Loader, grid_size: int, words: Words, seed: int,
     shown = 0
     for host in loader:
         batch = to_device(host, grid_size, torch.device("cpu"), torch.float32, seed)
+        questions = len(host.examples) // len(host.samples)
         for row, example in enumerate(host.examples):
-            key = batch.keys[row]
+            scan = row // questions
+            key = batch.keys[scan]
             prompt = words.language.convert_ids_to_tokens(batch.prompt_ids_BT[row][batch.is_prompt_BT[row]].tolist())
             answer = words.language.convert_ids_to_tokens(batch.answer_ids_BA[row][batch.is_answer_BA[row]].tolist())
             queries = "<queries>" if batch.use_queries_B[row] else "(queries left out)"
-            print(f"\n--- {key}  cohort {host.samples[row].cohort}  epoch {host.epochs[row]}")
+            print(f"\n--- {key}  cohort {host.samples[scan].cohort}  epoch {host.epochs[scan]}")
             print(_wrapped("prompt", example.prompt))
             print(_wrapped("answer", example.answer or "(none: no language loss)"))
             print(_wrapped("contrasted with", example.record_text or "(no record)"))
             print(_wrapped("tokens", f"{' '.join(prompt)} {queries} [{' '.join(answer)}]  ([ ] = counts in the loss)"))
             path = pictures / f"{key}.png"
-            volume_XYZ = batch.volume_BXYZ[row] * INTENSITY_STD + INTENSITY_MEAN
+            volume_XYZ = batch.volume_BXYZ[scan] * INTENSITY_STD + INTENSITY_MEAN
             _draw(volume_XYZ, path)
             print(_wrapped("volume", f"{path}, values {volume_XYZ.min():.2f} to {volume_XYZ.max():.2f} before scaling"))
-            shown += 1
+            shown += (row + 1) % questions == 0
             if shown == count:
                 loader.close()
                 return 0

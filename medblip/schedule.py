@@ -20,6 +20,7 @@ class Schedule:
     learning_rate: float
     lora_learning_rate: float
     weight_decay: float
+    questions_per_scan: int = 1
 
     @property
     def contrastive_batch(self) -> int:
@@ -67,7 +68,7 @@ def plan_schedule(config: TrainConfig, num_samples: int, world_size: int) -> tup
             warmup_steps=max(1, round(config.warmup_fraction * steps)),
             **{
                 name: getattr(preset if getattr(config, name) is None else config, name)
-                for name in ("learning_rate", "lora_learning_rate", "weight_decay")
+                for name in ("learning_rate", "lora_learning_rate", "weight_decay", "questions_per_scan")
             },
         ),
         notes,

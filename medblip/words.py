@@ -77,8 +77,8 @@ class Words:
         # The end of a record holds what the tier adds: cut after the class token.
         return ids if len(ids) <= self.max_record_tokens else ids[:1] + ids[1 - self.max_record_tokens :]
 
-    def batch(self, examples: list[Example], subjects: list[str]) -> dict[str, Tensor]:
-        """All text fields of a `Batch`."""
+    def batch(self, examples: list[Example], subjects: list[str], keys: list[str]) -> dict[str, Tensor]:
+        """All text fields of a `Batch`, from the examples with the subject and the scan's KEY of each."""
         words = {"use_queries_B": torch.tensor([example.use_queries for example in examples])}
         words["prompt_ids_BT"], words["is_prompt_BT"] = self.prompts([example.prompt for example in examples])
         words["answer_ids_BA"], words["is_answer_BA"] = self.answers([example.answer for example in examples])
@@ -89,7 +89,10 @@ class Words:
         words["record_groups_BN"] = torch.tensor(
             [[_hash(example.record_text), _hash(subject)] for example, subject in zip(examples, subjects, strict=True)]
         )
-        words["statement_groups_BN"] = torch.tensor([[_hash(f"{e.kind} {e.answer}")] for e in examples])
+        # What is answered about a scan is true of it, whichever question its row asks.
+        words["statement_groups_BN"] = torch.tensor(
+            [[_hash(f"{e.kind} {e.answer}"), _hash(key)] for e, key in zip(examples, keys, strict=True)]
+        )
         return words
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_words
 
-from medblip.data import INTENSITY_MEAN, INTENSITY_STD, Loader, SampleStream, unpack
+from medblip.data import INTENSITY_MEAN, INTENSITY_STD, Loader, SampleStream, to_device, unpack
 from medblip.schedule import Schedule, positions
 from medblip.shards import Reader, Sample, ShardIndex
 from medblip.text import draw_example
@@ -254,7 +254,8 @@ def test_a_batch_holds_the_voxels_and_words_of_its_samples(shards):
         batch = next(loader)
         volumes = read(index, batch.samples)
         assert batch.flat.tolist() == np.concatenate([volume.ravel() for volume in volumes]).tolist()
-        for key, value in tiny_words("tiny").batch(batch.examples, [s.subject for s in batch.samples]).items():
+        subjects, keys = [s.subject for s in batch.samples], [s.key for s in batch.samples]
+        for key, value in tiny_words("tiny").batch(batch.examples, subjects, keys).items():
             assert torch.equal(batch.words[key], value)
         for sample, example in zip(batch.samples, batch.examples, strict=True):
             assert (
@@ -266,6 +267,27 @@ def test_a_batch_holds_the_voxels_and_words_of_its_samples(shards):
                 }[sample.diagnosis]
             )
     loader.close()
+
+
+def test_a_scan_asked_twice_has_both_questions_and_its_weight_side_by_side(shards):
+    """The first question is the one of a run with a single question: asking more changes nothing about it."""
+    index = ShardIndex(shards)
+    samples = [s._replace(weight=1.0 + n) for n, s in enumerate(index.samples("train"))]
+    once, twice = (load(index, endless(3), samples=samples, questions=number) for number in (1, 2))
+    differ = 0
+    for _ in range(4):
+        one, two = next(once), next(twice)
+        assert [s.key for s in one.samples] == [s.key for s in two.samples] and torch.equal(one.flat, two.flat)
+        assert one.examples == two.examples[::2]
+        differ += one.examples != two.examples[1::2]
+        batch = to_device(two, index.grid_size, torch.device("cpu"), torch.float32, None)
+        assert len(batch.volume_BXYZ) == 3 and len(batch.prompt_ids_BT) == len(batch.answer_ids_BA) == 6
+        assert batch.weight_B.tolist() == [s.weight for s in two.samples for _ in range(2)]
+        subjects = batch.record_groups_BN[:, 1]
+        assert torch.equal(subjects[::2], subjects[1::2])
+        assert torch.equal(batch.statement_groups_BN[::2, 1], batch.statement_groups_BN[1::2, 1])
+    assert differ
+    once.close(), twice.close()
 
 
 def test_words_depend_on_epoch_and_key_and_not_on_the_batch(shards):

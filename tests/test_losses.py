@@ -8,7 +8,7 @@ from tiny import GRID, make_batch, tiny_model, tiny_words
 
 from medblip import losses
 from medblip.data import HostBatch, to_device
-from medblip.losses import balance, contrastive_loss, language_loss
+from medblip.losses import balance, centred, contrastive_loss, language_loss
 from medblip.shards import Sample
 
 
@@ -98,8 +98,8 @@ def test_a_sample_without_text_is_neither_anchor_nor_negative():
     assert image.grad[:4].abs().amax((1, 2)).min() > 0
 
 
-@pytest.mark.parametrize(("given", "used"), [(0.0001, 0.01), (-3.0, 0.01), (9.0, 0.5)])
-def test_temperature_is_kept_between_a_hundredth_and_a_half(given, used):
+@pytest.mark.parametrize(("given", "used"), [(0.0001, 0.01), (-3.0, 0.01), (9.0, 1.0)])
+def test_temperature_is_kept_between_a_hundredth_and_one(given, used):
     draw = torch.Generator().manual_seed(4)
     image, text = torch.randn(4, 3, 12, generator=draw), torch.randn(4, 12, generator=draw)
     groups, valid = torch.arange(4)[:, None], torch.ones(4, dtype=torch.bool)
@@ -108,7 +108,7 @@ def test_temperature_is_kept_between_a_hundredth_and_a_half(given, used):
         return contrastive_loss(image, text, groups, valid, torch.tensor([temperature])).item()
 
     assert loss(given) == pytest.approx(loss(used), rel=1e-4)
-    assert loss(0.012) != loss(0.01) and loss(0.49) != loss(0.5)
+    assert loss(0.012) != loss(0.01) and loss(0.98) != loss(1.0)
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.07, 3.0])
@@ -119,6 +119,46 @@ def test_a_temperature_beyond_a_bound_still_learns(temperature):
     leaf = torch.tensor([temperature], requires_grad=True)
     contrastive_loss(image, text, groups, valid, leaf).backward()
     assert leaf.grad.isfinite().all() and leaf.grad.any()
+
+
+def test_features_are_centred_over_the_samples_that_count():
+    draw = torch.Generator().manual_seed(5)
+    image, text = torch.randn(5, 4, 12, generator=draw), torch.randn(5, 12, generator=draw)
+    valid = torch.tensor([True, True, False, True, False])
+    for features in (image, text):
+        expected = features - features[valid].mean(0)
+        assert torch.allclose(centred(features, valid), expected, atol=1e-6)
+        assert torch.equal(centred(features, torch.zeros(5, dtype=torch.bool)), features)  # nothing to centre on
+    assert centred(text.bfloat16(), valid).dtype == torch.float32
+
+
+def test_contrast_of_centred_features_is_blind_to_what_all_share():
+    """That is what makes it start: nearly alike features, as fresh models give, are told apart."""
+    draw = torch.Generator().manual_seed(6)
+    own, text = torch.randn(6, 4, 12, generator=draw), torch.randn(6, 12, generator=draw)
+    groups, valid = torch.arange(6)[:, None], torch.ones(6, dtype=torch.bool)
+
+    def loss(shared: float) -> torch.Tensor:
+        parts = centred(own + shared, valid), centred(text - shared, valid)
+        return contrastive_loss(*parts, groups, valid, torch.tensor([0.1]))
+
+    assert loss(50.0).item() == pytest.approx(loss(0.0).item(), abs=1e-3)
+    raw = contrastive_loss(own + 50, text + 50, groups, valid, torch.tensor([0.1])).item()
+    assert raw == pytest.approx(math.log(6), abs=0.05) and abs(loss(50.0).item() - math.log(6)) > 0.3
+
+
+def test_two_questions_of_a_scan_cost_what_two_scans_alike_cost():
+    """One volume with two rows of words gives the loss and the gradients of the same volume read twice."""
+    words, results = tiny_words("tiny"), []
+    for questions in (1, 2):
+        model = tiny_model("tiny").eval()  # dropout would be drawn for each row of a volume
+        batch = make_batch(words)
+        volume_BXYZ = batch.volume_BXYZ[::2] if questions == 2 else batch.volume_BXYZ[::2].repeat_interleave(2, 0)
+        loss = model(dataclasses.replace(batch, volume_BXYZ=volume_BXYZ))["loss"]
+        loss.backward()
+        results.append((loss.item(), model.vision.patch_embedding.weight.grad))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
 
 
 def test_more_smoothing_asks_for_a_flatter_match():
@@ -306,7 +346,7 @@ def test_a_split_without_any_diagnosis_can_be_balanced():
 def test_a_weight_reaches_the_language_loss_and_no_other():
     model, batch = tiny_model("tiny"), make_batch(tiny_words("tiny"), 0, 3)
     weighted = [sample("a", None)._replace(weight=weight) for weight in (3.0, 0.5, 0.0)]
-    host = HostBatch(weighted, [0] * 3, [], torch.zeros(3, dtype=torch.uint8), {}, None, {})
+    host = HostBatch(weighted, [0] * 3, [None] * 3, torch.zeros(3, dtype=torch.uint8), {}, None, {})
     names = [name for name in vars(batch) if name not in ("keys", "volume_BXYZ", "weight_B")]
     host.words.update({name: getattr(batch, name) for name in names})
     sent = to_device(host, GRID, torch.device("cpu"), torch.float32, None)

@@ -100,19 +100,21 @@ def test_samples_that_say_the_same_share_a_group():
         example("", "Dementia", age),
         example("The age is 71 years.", "female", sex),
     ]
-    batch = words.batch(examples, ["p1", "p2", "p1", "p1"])
+    batch = words.batch(examples, ["p1", "p2", "p1", "p1"], ["k1", "k2", "k3", "k3"])
     record, statement = batch["record_groups_BN"], batch["statement_groups_BN"]
     assert record.dtype == statement.dtype == torch.int64
-    assert record.shape == (4, 2) and statement.shape == (4, 1)
+    assert record.shape == (4, 2) and statement.shape == (4, 2)
     assert record[0, 0] == record[1, 0] and len(set(record[:, 0].tolist())) == 3  # the first column: the text
     assert record[0, 1] == record[2, 1] == record[3, 1] != record[1, 1]  # the second: the subject
-    assert statement[0] == statement[1] and statement[3] != statement[0]  # the same answer, asked in other words
+    # The same answer, asked in other words; and, in the second column, the same scan.
+    assert statement[0, 0] == statement[1, 0] != statement[3, 0]
+    assert statement[2, 1] == statement[3, 1] and len(set(statement[:, 1].tolist())) == 3
 
 
 def test_a_batch_holds_every_text_of_its_examples():
     words = tiny_words("tiny")
     examples = [example("The sex is male.", "Dementia", queries=False), example("", "")]
-    batch = words.batch(examples, ["p1", "p2"])
+    batch = words.batch(examples, ["p1", "p2"], ["k1", "k2"])
     assert batch["use_queries_B"].tolist() == [False, True]
 
     def decoded(tokenizer, name):

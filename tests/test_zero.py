@@ -82,6 +82,7 @@ def plain_losses(shards, precision):
         positions(0, schedule, 0, 1),
         config.seed,
         pin=False,
+        questions=schedule.questions_per_scan,
     )
     losses = []
     pairs = [(trainable(master)[name], parameter) for name, parameter in trainable(copy_of).items()]

@@ -68,5 +68,6 @@ def make_batch(words: Words, first: int = 0, last: int = len(EXAMPLES)) -> Batch
         [torch.randn(GRID, GRID, GRID, generator=torch.Generator().manual_seed(row)) for row in rows]
     )
     examples, subjects = zip(*EXAMPLES[first:last], strict=True)
-    texts = words.batch(list(examples), list(subjects))
-    return Batch(keys=[f"key{row}" for row in rows], volume_BXYZ=volume_BXYZ, **texts)
+    keys = [f"key{row}" for row in rows]
+    texts = words.batch(list(examples), list(subjects), keys)
+    return Batch(keys=keys, volume_BXYZ=volume_BXYZ, **texts)
