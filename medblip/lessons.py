@@ -115,7 +115,7 @@ def _record_rows(records: list[tuple[str, list]], tokenizer, one_question: bool)
 
 
 def _ids(tokenizer, words: str) -> list[int]:
-    return tokenizer(words, add_special_tokens=False).input_ids
+    return tokenizer.backend_tokenizer.encode(words, add_special_tokens=False).ids  # ten times faster than the wrapper
 
 
 def _lesson_loss(model, rows: list[_Row], pad_id: int, noise: torch.Generator | None = None) -> torch.Tensor:
