@@ -197,7 +197,7 @@ def build(config: ModelConfig, grid_size: int, width: int) -> nn.Module:
         model.vision = VisionTower(tower, grid_size, config.patch_edge, config.train_final_layernorm)
         transformer = Blip2QFormerModel._from_config(qformer_config, attn_implementation="sdpa")
         model.qformer = MedQFormer(transformer, model.vision.width, config.num_queries)
-        model.contrast = Contrast(model.qformer.width, config.contrast_width)
+        model.contrast = Contrast(model.qformer.width, config.contrast_width, config.contrast_temperature)
         model.language = Language(
             kind.from_config(language_config, attn_implementation="sdpa"), model.qformer.width, *lora
         )

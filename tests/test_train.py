@@ -219,7 +219,7 @@ def test_no_text_of_a_record_is_written_or_shown(made_up_shards, tmp_path):
 def test_a_dry_run_shows_samples_and_trains_nothing(made_up_shards, tmp_path):
     run = tmp_path / "dry"
     done = run_training(made_up_shards, run, "--dry-run", 3, "--ehr", "cognition")
-    assert done.stdout.count("prompt:") == done.stdout.count("tokens:") == 3
+    assert done.stdout.count("prompt:") == done.stdout.count("tokens:") == 6  # two questions a scan
     assert "counts in the loss" in done.stdout and "Question:" in done.stdout
     pictures = list((run / "dry-run").glob("*.png"))
     assert len(pictures) == 3 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
