@@ -10,6 +10,7 @@ from tiny import PRESETS, tiny_model, tiny_words, wake_lora
 
 from medblip.language import Language, QueryProjection
 from medblip.pretrained import load_language
+from medblip.text import QUESTIONS, render_prompt
 
 KINDS = [(preset, lora) for preset in PRESETS for lora in (False, True)]
 SMALL = dict(vocab_size=80, pad_token_id=1, bos_token_id=0, eos_token_id=2)
@@ -195,13 +196,11 @@ def test_training_scores_a_generated_answer_as_generation_did(kind, lora):
 def test_generated_answers_end_with_the_end_token_and_differ_in_length(preset):
     """On the real wording, which the tiny language models were taught: each answer is cut at its end."""
     language, words = build(preset, False), tiny_words(preset)
-    questions = ("What will this subject be diagnosed with?", "What is the sex of this subject?")
-    questions += ("How large is the imaged region?",)
-    prompt_ids, is_prompt = words.prompts([f"Question: {question} Answer:" for question in questions])
-    nothing = torch.zeros(3, 2, WIDTH)
-    ids, logp = language.generate(
-        nothing, torch.tensor([False] * 3), prompt_ids, is_prompt, words.end_id, words.pad_id, max_new_tokens=20
-    )
+    record = "The subject is 70 years old. The subject is female. The MMSE score is 21 of 30."
+    prompts = [render_prompt(record, wording) for question in QUESTIONS.values() for wording in question.wordings]
+    prompt_ids, is_prompt = words.prompts(prompts)
+    nothing, unused = torch.zeros(len(prompts), 2, WIDTH), torch.zeros(len(prompts), dtype=torch.bool)
+    ids, logp = language.generate(nothing, unused, prompt_ids, is_prompt, words.end_id, words.pad_id, max_new_tokens=20)
     assert all(words.language.batch_decode(ids, skip_special_tokens=True))
     lengths = (logp != 0).sum(1)
     assert len(set(lengths.tolist())) > 1
