@@ -6,7 +6,7 @@ pose, contrast, bias and noise are drawn apart from it. Each variant and seed ha
 
 - base: an effect at which a linear SVM on the same voxels has an AUC of 0.70 to 0.80 for CN against AD.
 - doubled: twice that effect.
-- permuted: base with the training diagnoses permuted within each study.
+- permuted: base with the training diagnoses mixed evenly within each true one of each study.
 - frozen: base without LoRA.
 - no-contrast: base without the contrast.
 
@@ -74,8 +74,7 @@ def make_shards(out: Path, seed: int, effect: float, is_permuted: bool) -> Path:
         with open(folder / "manifest.csv", newline="") as file:
             scans = list(csv.DictReader(file))
         if is_permuted and cohort in TRAINED:
-            diagnoses = draw.permutation([scan["diagnosis"] for scan in scans]).tolist()
-            scans = [scan | {"diagnosis": diagnosis} for scan, diagnosis in zip(scans, diagnoses, strict=True)]
+            scans = permuted(scans, draw)
         split = "train" if cohort in TRAINED else "test"
         for scan in scans:
             if (cohort, scan["diagnosis"]) != ("MIRIAD", "MCI"):
@@ -87,6 +86,16 @@ def make_shards(out: Path, seed: int, effect: float, is_permuted: bool) -> Path:
         writer.writerows(rows)
     run("-m", "sharding.build", "--manifest", manifest, "--out", shards, "--size", 96, "--spacing-mm", 2.2)
     return shards
+
+
+def permuted(scans: list[dict], draw: np.random.Generator) -> list[dict]:
+    """With the diagnoses mixed so that within each true one all are as frequent: none of the disease is left."""
+    diagnoses = np.array([scan["diagnosis"] for scan in scans])
+    told = diagnoses.copy()
+    for diagnosis in np.unique(diagnoses):
+        rows = draw.permutation(np.flatnonzero(diagnoses == diagnosis))
+        told[rows] = np.resize(np.unique(diagnoses), len(rows))
+    return [scan | {"diagnosis": str(name)} for scan, name in zip(scans, told, strict=True)]
 
 
 def train_and_evaluate(out: Path, shards: Path, variant: str, seed: int, steps: int) -> dict:
