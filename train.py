@@ -108,8 +108,8 @@ def train(config: TrainConfig, rank, stopping, watch) -> int:
             partial(draw_words, config),
             positions(step, schedule, rank.index, rank.world),
             config.seed,
-            rank.device.type == "cuda",
-            schedule.questions_per_scan,
+            pin=rank.device.type == "cuda",
+            questions=schedule.questions_per_scan,
         )
 
     if config.dry_run:

@@ -15,7 +15,7 @@ from medblip.losses import centred, contrastive_loss
 class Contrast(nn.Module):
     """Projections into the shared space, one temperature, and the two contrastive terms."""
 
-    def __init__(self, width: int, contrast_width: int, temperature: float = 0.07):
+    def __init__(self, width: int, contrast_width: int, temperature: float):
         super().__init__()
         self.image_projection = nn.Linear(width, contrast_width)
         self.record_projection = nn.Linear(width, contrast_width)

@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from medblip import text
 
@@ -100,7 +101,7 @@ def _record_rows(records: list[tuple[str, list]], tokenizer, one_question: bool)
     """A decoder reads the record once and then answers one question after the other."""
     rows = []
     for record, asked in records:
-        questions = [_ids(tokenizer, f" Question: {question} Answer:") for question, _ in asked]
+        questions = [_ids(tokenizer, f" {text.render_prompt('', question)}") for question, _ in asked]
         answers = [_ids(tokenizer, f" {answer}") + [tokenizer.eos_token_id] for _, answer in asked]
         record_ids = _ids(tokenizer, record)
         if one_question:
@@ -157,15 +158,14 @@ def _hints(embed: torch.nn.Embedding, hints: list[list[int]], noise: torch.Gener
 
 
 def _padded(ids: list[list[int]], pad_id: int, left: bool = False) -> torch.Tensor:
-    longest = max(map(len, ids))
-    rows = [[pad_id] * (longest - len(row)) + row if left else row + [pad_id] * (longest - len(row)) for row in ids]
-    return torch.tensor(rows)
+    side = "left" if left else "right"
+    return pad_sequence([torch.tensor(row) for row in ids], True, pad_id, side)
 
 
 def _order_numbers(embedding: torch.nn.Embedding, tokenizer) -> None:
     """Lets the embeddings of the numbers 0 to 99 change smoothly with the number, as those of published models do.
 
-    A model that is taught for half a minute has no other way to know that 23 lies between 22 and 24. Source: published
+    A model that is taught for a minute has no other way to know that 23 lies between 22 and 24. Source: published
     models hold numbers as Fourier features (arXiv 2406.03445).
     """
     periods_F = torch.tensor([200, 100, 50, 25, 12.5, 6.25, 4, 3])

@@ -263,12 +263,11 @@ def draw_example(
 
 
 READING_QUESTIONS = {
-    "age_years": ("How old is this subject?", "What is the age of this subject?"),
     "education_years": ("How many years of education?", "What is the education of this subject?"),
     "mmse": ("What is the MMSE score?", "What is the MMSE of this subject?"),
     "moca": ("What is the MoCA score?", "What is the MoCA of this subject?"),
 }
-"""Questions about numbers that a record holds, by which the tiny language models learn to read one."""
+"""More about the numbers that a record holds, by which the tiny language models learn to read one."""
 
 
 def _made_up_fields(draw: random.Random) -> dict:
@@ -305,8 +304,8 @@ def hinted_text(draw: random.Random) -> tuple[str, str, str]:
     return f"{example.answer}.", example.prompt, example.answer
 
 
-def reading_text(draw: random.Random, most: int = 5) -> tuple[str, list[tuple[str, str]]]:
-    """A made-up record and up to `most` (question, answer) about what it says, at least one; never a diagnosis."""
+def reading_text(draw: random.Random) -> tuple[str, list[tuple[str, str]]]:
+    """A made-up record and up to five (question, answer) about what it says, at least one; never a diagnosis."""
     asked = []
     while not asked:
         fields, tier = _made_up_fields(draw), draw.choice(tuple(TIER_FIELDS)[1:])
@@ -316,7 +315,7 @@ def reading_text(draw: random.Random, most: int = 5) -> tuple[str, list[tuple[st
                 continue
             if name in READING_QUESTIONS:
                 asked.append((draw.choice(READING_QUESTIONS[name]), f"{fields[name]:.0f}"))
-            kinds = (kind for kind, question in QUESTIONS.items() if question.field == name and kind != "age")
+            kinds = (kind for kind, question in QUESTIONS.items() if question.field == name)
             asked += [(draw.choice(QUESTIONS[kind].wordings), answer_to(kind, fields, None)) for kind in kinds]
         draw.shuffle(asked)
-    return render_record(fields, "", tier, dropped, draw.randrange(NUM_WORDINGS)), asked[:most]
+    return render_record(fields, "", tier, dropped, draw.randrange(NUM_WORDINGS)), asked[:5]

@@ -124,7 +124,7 @@ def fetch_again(located: str) -> str:
 
 
 def make_tiny(name: str) -> Path:
-    """The folder of one tiny tower; made first if it is not there yet (up to half a minute)."""
+    """The folder of one tiny tower; made first if it is not there yet (up to a minute)."""
     if name not in MAKERS:
         raise ValueError(unknown("tiny tower", name, MAKERS))
     recipe = json.dumps([TINY, _corpus().texts()], sort_keys=True)

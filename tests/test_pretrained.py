@@ -45,7 +45,7 @@ def vision_of(source) -> Blip2VisionModel:
 def qformer_of(source, random: bool = False, num_queries: int = 5, contrast_width: int = 16) -> torch.nn.ModuleDict:
     transformer, beside = load_qformer(str(source), random, 24, "eager", 0.0)
     qformer = MedQFormer(transformer, 24, num_queries)
-    parts = torch.nn.ModuleDict({"qformer": qformer, "contrast": Contrast(qformer.width, contrast_width)})
+    parts = torch.nn.ModuleDict({"qformer": qformer, "contrast": Contrast(qformer.width, contrast_width, 0.07)})
     place(parts, beside, str(source))
     return parts.eval()
 
