@@ -100,7 +100,7 @@ def evaluate(options: EvaluateOptions) -> int:
     """
     from medblip.analysis import Draws
     from medblip.asking import encode
-    from medblip.distributed import Control, join_launched, log
+    from medblip.distributed import Control, join_launched, leave, log
     from medblip.guards import check_recipe, check_tier, check_unseen
     from medblip.inference import Assistant
     from medblip.report import plain_table, write_report
@@ -153,7 +153,7 @@ def evaluate(options: EvaluateOptions) -> int:
     for cohort, some in questioned.items():
         vqa[cohort] = ask_questions(interview, [row_of[sample.key] for sample in some], rule, draws)
     if not rank.is_main:
-        return 0
+        leave(0)
     baselines_NK, more_notes = fit_baselines(index, cohorts, tier, options)
     notes += more_notes
     for note in notes:
