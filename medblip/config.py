@@ -188,7 +188,7 @@ class TrainConfig:
     balance_subjects: bool = False
     """Weigh the language loss so that each subject counts the same, however many scans it has."""
     augment: bool = True
-    """Light augmentation on the device: left-right flip, shift, intensity."""
+    """Augmentation on the device: left-right flip, pose, contrast, bias field, noise (augment.py)."""
     record_dropout: float = 0.3
     """Probability that a sample's whole record is left out of the prompt."""
     field_dropout: float = 0.15

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medblip.augment import apply_change, draw_change
 from medblip.shards import Reader, Sample
 from medblip.text import DIAGNOSIS_QUESTION, Example, render_prompt
 from medblip.words import Words
@@ -281,27 +282,21 @@ def unpack(
 ) -> Tensor:
     """Flat uint8 voxels to `B X Y Z` on the device: padded with 0, scaled to (v / 255 - mean) / std, cast.
 
-    With an `augment_seed`: a left-right flip in half of the samples, a shift of at most 2 % of the grid (one voxel at
-    least) along each axis, and an intensity gain of at most 10 %, drawn per (seed, epoch, KEY).
+    With an `augment_seed` each volume is changed before it is scaled (augment.py), as drawn per (seed, epoch, KEY).
     """
     flat = flat.to(device, non_blocking=True)
-    size = (len(samples), grid_size, grid_size, grid_size)
-    volume_BXYZ = torch.full(size, -INTENSITY_MEAN / INTENSITY_STD, device=device, dtype=dtype)
-    start, max_shift = 0, max(1, grid_size // 48)
+    size = (grid_size, grid_size, grid_size)
+    volume_BXYZ = torch.full((len(samples), *size), -INTENSITY_MEAN / INTENSITY_STD, device=device, dtype=dtype)
+    start = 0
     for row, sample in enumerate(samples):
-        volume_XYZ = flat[start : start + sample.num_voxels].view(sample.shape)
-        start += sample.num_voxels
-        corner, gain = sample.pad_before, 1.0
-        if augment_seed is not None:
-            draw = sample_draw(augment_seed, epochs[row], sample.key, "image")
-            if draw.random() < 0.5:
-                volume_XYZ = volume_XYZ.flip(0)
-                corner = (grid_size - corner[0] - sample.shape[0], *corner[1:])
-            corner = tuple(c + draw.randint(-max_shift, max_shift) for c in corner)
-            gain = draw.uniform(0.9, 1.1)
+        place = tuple(slice(p, p + n) for p, n in zip(sample.pad_before, sample.shape, strict=True))
         # In float32, since 1/255 has no exact bf16.
-        scaled_XYZ = volume_XYZ.float().mul_(gain / 255 / INTENSITY_STD).sub_(INTENSITY_MEAN / INTENSITY_STD)
-        source = tuple(slice(max(0, -c), min(n, grid_size - c)) for c, n in zip(corner, sample.shape, strict=True))
-        target = tuple(slice(max(0, c), max(0, c) + s.stop - s.start) for c, s in zip(corner, source, strict=True))
-        volume_BXYZ[row][target] = scaled_XYZ[source].to(dtype)
+        volume_XYZ = flat[start : start + sample.num_voxels].view(sample.shape).float()
+        start += sample.num_voxels
+        if augment_seed is not None:
+            padded_XYZ = torch.zeros(size, device=device)
+            padded_XYZ[place] = volume_XYZ.div_(255)
+            change = draw_change(sample_draw(augment_seed, epochs[row], sample.key, "image"), grid_size)
+            volume_XYZ, place = apply_change(padded_XYZ, change).mul_(255), ...
+        volume_BXYZ[row][place] = volume_XYZ.mul_(1 / 255 / INTENSITY_STD).sub_(INTENSITY_MEAN / INTENSITY_STD)
     return volume_BXYZ

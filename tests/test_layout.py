@@ -14,7 +14,7 @@ from conftest import ROOT
 # A module imports only from rows above its own. A name may stand here before its module exists.
 LAYERS = [
     ["config"],
-    ["distributed", "schedule", "text", "dicom", "stopping", "lines"],
+    ["distributed", "schedule", "text", "augment", "dicom", "stopping", "lines"],
     ["image", "remote", "watch", "tally", "ds_config"],
     ["volume", "cache", "lessons"],
     ["towers"],
