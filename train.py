@@ -297,13 +297,13 @@ def train_step(parts: Parts, loader, config: TrainConfig, schedule: Schedule, st
 
 def draw_words(config: TrainConfig, record: dict, sample, draw):
     """The words of one sample in one epoch, from its KEY.json."""
-    from medblip.text import draw_example, draw_tier
+    from medblip.text import draw_example
 
     return draw_example(
         record["fields"],
         record["report"],
         sample.diagnosis,
-        draw_tier(config.ehr, draw, config.tier_dropout),
+        config.ehr,
         draw,
         record_dropout=config.record_dropout,
         field_dropout=config.field_dropout,

@@ -193,8 +193,6 @@ class TrainConfig:
     """Probability that a sample's whole record is left out of the prompt."""
     field_dropout: float = 0.15
     """Probability that one field of a record is left out."""
-    tier_dropout: float = 0.0
-    """Probability that a record is read at one of the tiers below `ehr`, so that evaluation may ask there too."""
     query_dropout: float = 0.1
     """Probability that the image's queries are left out of the prompt."""
     questions_per_scan: int | None = None
@@ -237,8 +235,8 @@ class TrainConfig:
             raise ValueError(unknown("preset", self.preset, PRESETS))
         counts = ("steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every")
         counts += ("max_nonfinite", "step_timeout_s", "validate_scans", "questions_per_scan")
-        shares = ("record_dropout", "field_dropout", "tier_dropout", "query_dropout", "other_questions", "dropout")
-        shares += ("warmup_fraction", "max_skipped")
+        shares = ("record_dropout", "field_dropout", "query_dropout", "other_questions", "warmup_fraction", "dropout")
+        shares += ("max_skipped",)
         for names, fits, rule in (
             (counts, lambda value: value >= 1, "must be at least 1"),
             (shares, lambda value: 0 <= value < 1, "must be in [0, 1)"),

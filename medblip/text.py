@@ -221,12 +221,6 @@ def answer_to(kind: str, fields: dict, diagnosis: str | None, extent_mm: Sequenc
     return next((f"{tesla:g} tesla" for tesla in FIELD_STRENGTHS_T if abs(value - tesla) < 0.2), "")
 
 
-def draw_tier(tier: EhrTier, draw: random.Random, tier_dropout: float) -> EhrTier:
-    """The tier that a record is read at this time: with this probability one below `tier`, but not none."""
-    below = list(TIER_FIELDS)[1 : list(TIER_FIELDS).index(tier)]
-    return draw.choice(below) if below and draw.random() < tier_dropout else tier
-
-
 def draw_example(
     fields: dict,
     report: str,

@@ -14,7 +14,6 @@ from medblip.text import (
     TIER_FIELDS,
     answer_to,
     draw_example,
-    draw_tier,
     fields_of,
     hinted_text,
     is_diagnosis_question,
@@ -312,13 +311,3 @@ def test_evaluation_reads_one_wording():
     assert render_record({"age_years": 71, "apoe_e4": 1}, "", "genetics") == (
         "The subject is 71 years old. The subject carries one APOE e4 allele."
     )
-
-
-def test_a_dropped_tier_is_a_lower_one_and_never_none():
-    draw = random.Random(0)
-    drawn = Counter(draw_tier("cognition", draw, 0.4) for _ in range(2000))
-    assert set(drawn) == {"cognition", "genetics", "demographics"}
-    assert 1130 < drawn["cognition"] < 1270 and 330 < drawn["demographics"] < 470
-    for tier in ("none", "demographics"):  # nothing below them has a record
-        assert {draw_tier(tier, draw, 0.9) for _ in range(50)} == {tier}
-    assert {draw_tier("staging", draw, 0.0) for _ in range(50)} == {"staging"}
