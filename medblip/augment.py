@@ -19,10 +19,10 @@ from torch.nn.functional import affine_grid, grid_sample
 GRID_PER_SHIFT = 48
 """Voxels of the grid's edge for each voxel of shift; one voxel at least."""
 LOG_GAIN = 0.1
-POSE_SHARE, ROTATION_DEG, LOG_SCALE = 0.3, 6.0, 0.05
-CONTRAST_SHARE, LOG_GAMMA, BIAS, NUM_WAVES = 0.3, 0.2, 0.1, 2
+POSE_SHARE, ROTATION_DEG, LOG_SCALE = 0.15, 6.0, 0.05
+CONTRAST_SHARE, LOG_GAMMA, BIAS, NUM_WAVES = 0.15, 0.2, 0.1, 2
 """BIAS: of the logarithm of the bias field, the largest amplitude of each wave along each axis."""
-NOISE_SHARE, NOISE = 0.15, 0.03
+NOISE_SHARE, NOISE = 0.1, 0.03
 """NOISE: largest standard deviation, where 1 is the range of the volume."""
 
 

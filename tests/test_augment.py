@@ -95,7 +95,7 @@ def test_draws_cover_their_ranges_and_stay_in_them():
     assert gain_N.min() < -0.9 * LOG_GAIN and 0.9 * LOG_GAIN < gain_N.max() <= LOG_GAIN
     posed, contrasted = ([c for c in changes if getattr(c, name) is not None] for name in ("matrix", "bias"))
     noisy = [change for change in changes if change.noise]
-    assert all(130 < len(some) < 230 for some in (posed, contrasted)) and 60 < len(noisy) < 120
+    assert all(60 < len(some) < 120 for some in (posed, contrasted)) and 35 < len(noisy) < 85
     matrix_N33 = torch.tensor([change.matrix for change in posed])
     scale_N3 = matrix_N33.norm(dim=1).log()
     assert 0.9 * LOG_SCALE < scale_N3.abs().max() <= LOG_SCALE + 1e-6
