@@ -118,7 +118,7 @@ def make_shards(out: Path, seed: int, effect: float, is_permuted: bool) -> Path:
     shards = out / f"shards-seed{seed}-effect{effect:g}{'-permuted' * is_permuted}"
     if (shards / "index.json").is_file():
         return shards
-    known = images.with_suffix(".json")
+    known = out / f"{images.name}.json"
     if not known.is_file():
         images.mkdir(exist_ok=True)
         sizes = {**TRAINED, **YOUNG, **TESTED}
