@@ -13,6 +13,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
@@ -51,7 +52,8 @@ def draw_change(draw: random.Random, grid_size: int) -> Change:
         "gain": math.exp(draw.uniform(-LOG_GAIN, LOG_GAIN)),
     }
     if draw.random() < POSE_SHARE:
-        turn = _rotation([math.radians(draw.uniform(-ROTATION_DEG, ROTATION_DEG)) for _ in range(3)])
+        angles_deg = [draw.uniform(-ROTATION_DEG, ROTATION_DEG) for _ in range(3)]
+        turn = Rotation.from_euler("xyz", angles_deg, degrees=True).as_matrix().tolist()
         scales = [math.exp(draw.uniform(-LOG_SCALE, LOG_SCALE)) for _ in range(3)]
         change["matrix"] = tuple(tuple(t * scale for t, scale in zip(row, scales, strict=True)) for row in turn)
     if draw.random() < CONTRAST_SHARE:
@@ -62,16 +64,6 @@ def draw_change(draw: random.Random, grid_size: int) -> Change:
     return Change(**change)
 
 
-def _rotation(angles: list[float]) -> list[list[float]]:
-    """The rotation matrix about X, then Y, then Z."""
-    (cx, cy, cz), (sx, sy, sz) = [[f(a) for a in angles] for f in (math.cos, math.sin)]
-    return [
-        [cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx],
-        [sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx],
-        [-sy, cy * sx, cy * cx],
-    ]
-
-
 def apply_change(volume_XYZ: Tensor, change: Change) -> Tensor:
     """Changes a float32 volume (RAS+) whose voxels lie in [0, 1], 0 outside the head; none becomes negative."""
     if change.is_flipped:
@@ -80,7 +72,6 @@ def apply_change(volume_XYZ: Tensor, change: Change) -> Tensor:
         volume_XYZ = _shifted(volume_XYZ, change.shift_voxels)
     if change.matrix is not None:
         volume_XYZ = _posed(volume_XYZ, change.matrix)
-    is_background_XYZ = volume_XYZ == 0
     if change.gamma != 1:
         volume_XYZ = volume_XYZ.pow(change.gamma)
     volume_XYZ = volume_XYZ * change.gain
@@ -88,6 +79,7 @@ def apply_change(volume_XYZ: Tensor, change: Change) -> Tensor:
         for axis, amplitudes in enumerate(change.bias):
             volume_XYZ *= _field(amplitudes, volume_XYZ, axis)
     if change.noise:
+        is_background_XYZ = volume_XYZ == 0
         source = torch.Generator(volume_XYZ.device).manual_seed(change.noise_seed)
         volume_XYZ += change.noise * torch.randn(volume_XYZ.shape, generator=source, device=volume_XYZ.device)
         volume_XYZ = volume_XYZ.clamp_(min=0).masked_fill_(is_background_XYZ, 0)
