@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import math
 import os
 import sys
@@ -58,9 +57,7 @@ def main() -> int:
         return code
     except Exception as error:
         # Not a plain return: other ranks may be in a collective that never ends, and torch's clean-up waits for it.
-        code = report(error, config, watch)
-        logging.shutdown()
-        os._exit(code)
+        distributed.leave(report(error, config, watch))
 
 
 def train(config: TrainConfig, rank, stopping, watch) -> int:

@@ -182,10 +182,10 @@ def barrier() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this rank without the interpreter's clean-up.
+    """Ends this rank without the interpreter's clean-up, which may wait for others or abort.
 
-    That one aborted now and then ("terminate called without an active exception") in a rank that was done before the
-    others, and its launcher then killed them.
+    It aborted now and then ("terminate called without an active exception") in a rank that was done before the others,
+    and its launcher then killed them.
     """
     logging.shutdown()
     sys.stdout.flush()
