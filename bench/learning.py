@@ -30,6 +30,7 @@ from typing import Literal
 
 import numpy as np
 import tyro
+from small_cohort import SPACING_MM, stripped, write_brain
 
 from sharding import madeup
 
@@ -40,7 +41,7 @@ YOUNG = {"YOUNG": 240}
 """Trained on too: people of 20 to 60 without a diagnosis."""
 VAL_SHARE = 9
 """One subject in so many of the studies trained on is of the split val, on which the rule is chosen."""
-EFFECT, TIER, SPACING_MM = 0.3, "cognition", 2.0
+EFFECT, TIER = 0.3, "cognition"
 RECIPE = (
     *("--preset", "tiny", "--patch-edge", 8, "--questions-per-scan", 3),
     *("--record-dropout", 0.15, "--field-dropout", 0.3, "--other-questions", 0.1),
@@ -74,8 +75,6 @@ def run(*words: object) -> None:
 
 def draw_brain(seed: int, cohort: str, subject: int, effect: float):
     """The patient of `sharding.madeup` as a skull-stripped brain of 2 mm after an affine registration; and the row."""
-    from scipy import ndimage
-
     options = madeup.Options(out=Path(), subjects=1, effect=effect, seed=seed, cohort=cohort)
     patient = madeup.draw_patient(seed, cohort, subject)
     if cohort in YOUNG:
@@ -87,28 +86,22 @@ def draw_brain(seed: int, cohort: str, subject: int, effect: float):
     shape = {"head_scale": 1 + 0.4 * (patient.head_scale - 1), "own_atrophy": patient.own_atrophy + 3}
     patient = replace(patient, **shape)
     brain_XYZ = madeup.render(madeup.load_template(), patient, scan, patient.age_years, effect)
-    inside_XYZ = ndimage.binary_fill_holes(brain_XYZ > 0.1)
-    noise_2XYZ = drawn.noise * np.random.default_rng(drawn.noise_seed).normal(size=(2, *brain_XYZ.shape))
-    noisy_XYZ = np.hypot(brain_XYZ + noise_2XYZ[0], noise_2XYZ[1])
     row = madeup.record(patient, options, subject, 0, scan)
     if cohort in YOUNG:
         row |= dict.fromkeys(("diagnosis", "diagnosis_source", "diagnosis_gap_days", "mmse", "moca"), "")
         row |= dict.fromkeys(("cdr_global", "cdr_sb"), "")
-    return np.where(inside_XYZ, 1000 * noisy_XYZ, 0).round().astype(np.int16), row
+    return stripped(brain_XYZ, drawn.noise, np.random.default_rng(drawn.noise_seed)), row
 
 
-def write_brain(job: tuple[Path, int, str, int, float]) -> dict:
+def write_patient(job: tuple[Path, int, str, int, float]) -> dict:
     """Writes one patient's scan; returns the manifest's row."""
-    import nibabel as nib
     import torch
 
     torch.set_num_threads(1)
     folder, *place = job
     brain_XYZ, row = draw_brain(*place)
-    affine = np.diag([SPACING_MM] * 3 + [1.0])
-    affine[:3, 3] = -(np.array(brain_XYZ.shape) - 1) / 2 * SPACING_MM
     row["image"] = f"{folder.name}/{row['scan_id']}.nii.gz"
-    nib.Nifti1Image(brain_XYZ, affine).to_filename(folder.parent / row["image"])
+    write_brain(folder.parent / row["image"], brain_XYZ)
     return row
 
 
@@ -124,7 +117,7 @@ def make_shards(out: Path, seed: int, effect: float, is_permuted: bool) -> Path:
         sizes = {**TRAINED, **YOUNG, **TESTED}
         jobs = [(images, seed, cohort, n, effect) for cohort, size in sizes.items() for n in range(size)]
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            known.write_text(json.dumps(list(pool.map(write_brain, jobs, chunksize=10))))
+            known.write_text(json.dumps(list(pool.map(write_patient, jobs, chunksize=10))))
     rows, draw = [], np.random.default_rng([seed, 1])
     everyone = json.loads(known.read_text())
     for cohort in {**TRAINED, **YOUNG, **TESTED}:

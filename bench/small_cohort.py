@@ -58,8 +58,6 @@ def _mmse(score: float) -> int:
 
 def draw_brain(seed: int, number: int) -> np.ndarray:
     """The person's brain, int16 X Y Z at 2 mm in RAS+; 0 outside the brain."""
-    from scipy import ndimage
-
     person, draw = draw_person(seed, number), generator(seed, "SMALL", "scan", number)
     # The young differ by age alone; sharding.madeup's atrophy begins in middle age, this one at 20.
     own_atrophy = OWN_ATROPHY_SD * draw.normal(0, 1, 3) + 3
@@ -93,8 +91,16 @@ def draw_brain(seed: int, number: int) -> np.ndarray:
         field_strength_t=1.5,
     )
     brain_XYZ = render(load_template(), patient, scan, person["age_years"], EFFECT)
+    return stripped(brain_XYZ, 0.03, draw)
+
+
+def stripped(brain_XYZ: np.ndarray, noise: float, draw: np.random.Generator) -> np.ndarray:
+    """A rendered scan without scalp as int16, with Rician noise inside the brain and 0 outside it."""
+    from scipy import ndimage
+
     inside_XYZ = ndimage.binary_fill_holes(brain_XYZ > 0.1)
-    noisy_XYZ = np.hypot(brain_XYZ + 0.03 * draw.normal(size=brain_XYZ.shape), 0.03 * draw.normal(size=brain_XYZ.shape))
+    real_XYZ, imaginary_XYZ = (noise * draw.normal(size=brain_XYZ.shape) for _ in range(2))
+    noisy_XYZ = np.hypot(brain_XYZ + real_XYZ, imaginary_XYZ)
     return np.where(inside_XYZ, 1000 * noisy_XYZ, 0).round().astype(np.int16)
 
 
@@ -131,12 +137,17 @@ def _name(number: int) -> str:
 
 
 def _write(job: tuple[Path, int, int]) -> None:
-    import nibabel as nib
     import torch
 
     torch.set_num_threads(1)
     folder, seed, number = job
-    brain_XYZ = draw_brain(seed, number)
+    write_brain(folder / _name(number), draw_brain(seed, number))
+
+
+def write_brain(path: Path, brain_XYZ: np.ndarray) -> None:
+    """Writes a brain as NIfTI, its middle at 0 mm."""
+    import nibabel as nib
+
     affine = np.diag([SPACING_MM] * 3 + [1.0])
     affine[:3, 3] = -(np.array(brain_XYZ.shape) - 1) / 2 * SPACING_MM
-    nib.Nifti1Image(brain_XYZ, affine).to_filename(folder / _name(number))
+    nib.Nifti1Image(brain_XYZ, affine).to_filename(path)
