@@ -23,8 +23,8 @@ IMAGES = {
 TERMS = {"sum": "the sum over its tokens", "per token": "the mean over its tokens", "per character": "the sum over its "
          "tokens divided by its characters"}  # fmt: skip
 CHOICES = {
-    "val": "chosen for its balanced accuracy on the validation split before the split was evaluated, and kept for all "
-    "cohorts and arms",
+    "val": "chosen on the validation split, as that under which the right answers were most probable, before the split "
+    "was evaluated, and kept for all cohorts and arms",
     "given": "given beforehand",
     "default": "the default of the software, not chosen on data",
 }

@@ -302,8 +302,8 @@ def _provenance(report: Report) -> list[Block]:
     found: list[Block] = [Heading(2, "How it was made"), Table(("", ""), rows, is_words=True)]
     if rule.get("scores"):
         scores = [[name, number(value)] for name, value in rule["scores"].items()]
-        title = "Rules on the validation split, balanced accuracy"
-        found += [Heading(3, title), Table(("rule", "balanced accuracy"), scores)]
+        title = "Rules on the validation split, mean log-probability of the right answer"
+        found += [Heading(3, title), Table(("rule", "log-probability"), scores)]
     return found
 
 

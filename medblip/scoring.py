@@ -35,6 +35,9 @@ RULES: dict[RuleName, Rule] = {
 }
 DEFAULT_RULE = RULES["sum-minus-null"]
 
+LEAST_PROBABILITY = 1e-9
+"""Of a right answer when rules are compared: one that is ruled out costs much, but not everything."""
+
 
 class Options(NamedTuple):
     """Answers to choose from, with what a rule needs to know of them."""
@@ -90,17 +93,22 @@ def check_likelihoods(logp_NO: NDArray, options: Options, names: Sequence[str]) 
 
 
 def choose_rule(truth_N: NDArray, logp_NO: NDArray, options: Options) -> tuple[Rule, dict[str, float]]:
-    """The rule with the highest balanced accuracy, the earlier of RULES where they are equal; and that of each.
+    """The rule under which the truth is most probable, the earlier of RULES where they are equal; and each one's score.
+
+    The score is the mean natural logarithm of the right option's probability, each right option counting the same
+    however often it occurs. Of some thirty scans, balanced accuracies of two rules differ by a scan or two; this looks
+    at every probability, and is highest for the true ones (a proper score: Gneiting and Raftery 2007).
 
     Args:
         truth_N: number of the right option.
         logp_NO: as in `probabilities`.
         options: what they are.
     """
-    from sklearn.metrics import balanced_accuracy_score
+    import numpy as np
 
-    scores = {
-        name: float(balanced_accuracy_score(truth_N, probabilities(logp_NO, options, rule).argmax(axis=1)))
-        for name, rule in RULES.items()
-    }
+    scores = {}
+    for name, rule in RULES.items():
+        p_N = probabilities(logp_NO, options, rule)[np.arange(len(truth_N)), truth_N]
+        log_N = np.log(np.maximum(p_N, LEAST_PROBABILITY))
+        scores[name] = float(np.mean([log_N[truth_N == option].mean() for option in np.unique(truth_N)]))
     return RULES[max(scores, key=scores.get)], scores

@@ -31,7 +31,7 @@ def _made_up(seed: int, skill: float, num_scans: int) -> tuple[dict, list[dict]]
         "ehr": "cognition",
         "arms": {name: ARMS[name]._asdict() for name in SKILL},
         "rule": {"length": "sum", "minus_null": True, "chosen_on": "val",
-                 "scores": {"sum-minus-null": 0.71, "sum": 0.6}},
+                 "scores": {"sum-minus-null": -0.71, "sum": -0.9}},
         "cohorts": {}, "baselines": {}, "comparisons": {}, "subgroups": {}, "age_matched": {},
         "one_scan_per_subject": {}, "vqa": {}, "worst": [],
         "trained_on": {"subjects": 210, "scans": 600, "steps": 800, "global_batch": 32, "preset": "biogpt",

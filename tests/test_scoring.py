@@ -24,17 +24,36 @@ def test_each_rule_is_the_arithmetic_that_its_name_says():
         np.testing.assert_allclose(p_O, np.exp(scores) / np.exp(scores).sum())
 
 
-def test_the_rule_with_the_most_balanced_accuracy_wins_and_ties_go_to_the_default():
+def test_the_rule_under_which_the_truth_is_most_probable_wins_and_ties_go_to_the_default():
     # Per token the options are equal but for what the truth adds; whole, the longest always loses.
     truth_N = np.array([0, 1, 2, 1, 1])
     logp_NO = np.array([[-1.0 * n for n in OPTIONS.num_tokens]] * 5)
     logp_NO[np.arange(5), truth_N] += 0.5
     rule, scores = choose_rule(truth_N, logp_NO, OPTIONS)
-    assert rule == RULES["per-token"] and scores["per-token"] == 1 > scores["sum"]
-    everything_right = np.full((5, 3), -500.0)
-    everything_right[np.arange(5), truth_N] = 0
-    rule, scores = choose_rule(truth_N, everything_right, OPTIONS)
-    assert rule == DEFAULT_RULE and set(scores.values()) == {1.0}
+    assert rule == RULES["per-token"]
+    gain_3 = np.exp(0.5 / np.array(OPTIONS.num_tokens))  # each option counts once, although the second occurs thrice
+    assert scores["per-token"] == pytest.approx(np.log(gain_3 / (gain_3 + 2)).mean())
+    ruled_out = np.full((5, 3), -np.inf)
+    ruled_out[np.arange(5), truth_N] = 0
+    rule, scores = choose_rule(truth_N, ruled_out, OPTIONS)
+    assert rule == DEFAULT_RULE and set(scores.values()) == {0.0}
+    rule, scores = choose_rule((truth_N + 1) % 3, ruled_out, OPTIONS)
+    assert rule == DEFAULT_RULE and np.isfinite(list(scores.values())).all()
+
+
+def test_a_rule_is_not_chosen_for_one_more_right_answer_that_it_is_unsure_of():
+    """Whole likelihoods tell twenty scans apart well; per token they say next to nothing, but one more is right."""
+    truth_N = np.array([0, 2] * 10)
+    logp_NO = np.full((20, 3), -30.0)
+    logp_NO[:, 0], logp_NO[:, 2] = -1.2, -1.8
+    logp_NO[np.arange(20), truth_N] += 1.1
+    logp_NO[1, 2] -= 0.6  # its last scan is right by token, since the answer is longer, and wrong as a whole
+    whole, by_token = (
+        probabilities(logp_NO, OPTIONS, RULES[name]).argmax(1) == truth_N for name in ("sum", "per-token")
+    )
+    assert whole.sum() < by_token.sum()
+    _, scores = choose_rule(truth_N, logp_NO, OPTIONS)
+    assert scores["sum"] > scores["per-token"]
 
 
 def test_a_likelihood_that_is_not_a_number_gives_no_probability():
