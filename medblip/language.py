@@ -73,6 +73,7 @@ class Language(nn.Module):
         # Greedy means the most likely token: published models come with repetition penalties, forced tokens and more.
         pretrained.generation_config = GenerationConfig(decoder_start_token_id=self.start_id)
         _without_dropout(pretrained)
+        _fuse_gelu(pretrained)
         self.lm = pretrained.requires_grad_(False)
         if lora:
             from peft import LoraConfig, get_peft_model
@@ -264,6 +265,19 @@ def _without_dropout(pretrained: nn.Module) -> None:
         for name, value in vars(owner).items():
             if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(owner, nn.Dropout))):
                 setattr(owner, name, 0.0)
+
+
+def _fuse_gelu(pretrained: nn.Module) -> None:
+    """Puts torch's kernel in the place of GPT-2's and T5's `gelu_new`: the same function within rounding.
+
+    Written out in eight steps it keeps as many tensors for the backward pass, and took a quarter of the forward pass.
+    """
+    from transformers.activations import GELUTanh, NewGELUActivation
+
+    for module in list(pretrained.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, NewGELUActivation):
+                setattr(module, name, GELUTanh())
 
 
 def _decoder_start(pretrained: nn.Module) -> int:

@@ -187,22 +187,8 @@ def load_language(source: str, dtype: torch.dtype, attention: str, **overrides) 
     strangers = [name for name in info["unexpected_keys"] if not re.match(BUFFERS, name)]
     _refuse(source, info["missing_keys"], strangers, wrong)
     _refuse_not_finite(source, model)
-    _fuse_gelu(model)
     report("language", source, model)
     return model
-
-
-def _fuse_gelu(model: nn.Module) -> None:
-    """Puts torch's kernel in the place of GPT-2's and T5's `gelu_new`: the same function within rounding.
-
-    Written out in eight steps it keeps as many tensors for the backward pass, and took a quarter of the forward pass.
-    """
-    from transformers.activations import GELUTanh, NewGELUActivation
-
-    for module in list(model.modules()):
-        for name, part in module.named_children():
-            if isinstance(part, NewGELUActivation):
-                setattr(module, name, GELUTanh())
 
 
 def _config(kind, source: str):

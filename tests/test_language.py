@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from tiny import PRESETS, tiny_model, tiny_words, wake_lora
+from transformers.activations import GELUTanh, NewGELUActivation
 
 from medblip.language import Language, QueryProjection
 from medblip.pretrained import load_language
@@ -403,3 +404,18 @@ def test_a_model_that_cannot_forget_an_option_reads_each_with_the_prompt_anew(mo
         monkeypatch.setattr(DynamicCache, change, lambda self, count: pytest.fail("it cannot"))
     anew, _ = language.score_options(*prompts, options)
     torch.testing.assert_close(anew, shared, atol=1e-5, rtol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["biomedlm", "flan-t5"])
+def test_gelu_runs_in_one_kernel_and_is_the_same_function(name):
+    x_N = torch.linspace(-9, 9, 4001, dtype=torch.double)
+    assert torch.allclose(GELUTanh()(x_N), NewGELUActivation()(x_N), rtol=0, atol=1e-14)
+    pretrained = PUBLISHED[name]().eval()
+    assert any(isinstance(part, NewGELUActivation) for part in pretrained.modules())
+    ids_BT = torch.arange(3, 23).view(2, 10)
+    inputs = {"input_ids": ids_BT} | ({"decoder_input_ids": ids_BT} if name == "flan-t5" else {})
+    written_out = pretrained(**inputs).logits
+    lm = Language(pretrained, WIDTH, False, 4, 8, 0.0).lm
+    assert not any(isinstance(part, NewGELUActivation) for part in lm.modules())
+    assert torch.allclose(lm(**inputs).logits, written_out, atol=1e-5)

@@ -25,7 +25,6 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.activations import GELUTanh, NewGELUActivation
 
 from medblip.config import PRESETS, TrainConfig
 from medblip.language import Language
@@ -336,30 +335,6 @@ def test_flan_t5_s_own_output_head_is_kept(tmp_path):
     assert torch.equal(loaded.decoder.embed_tokens.weight, weights["shared.weight"])
     adapted = Language(loaded, 8, True, 2, 4, 0.0).lm.get_base_model()
     assert torch.equal(adapted.lm_head.weight, weights["lm_head.weight"])
-
-
-@torch.no_grad()
-def test_gelu_in_one_kernel_is_the_one_written_out():
-    written_out, fused = NewGELUActivation(), GELUTanh()
-    x_N = torch.linspace(-9, 9, 4001, dtype=torch.double)
-    assert torch.allclose(written_out(x_N), fused(x_N), rtol=0, atol=1e-14)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_no_language_model_is_left_with_the_gelu_written_out(kind, tmp_path):
-    if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4))
-        inputs = {"input_ids": IDS}
-    else:
-        sizes = dict(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
-        model = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu"))
-        inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
-    assert any(isinstance(part, NewGELUActivation) for part in model.modules())
-    published.save(model.eval(), tmp_path)
-    loaded = load_language(str(tmp_path), torch.float32, "eager").eval()
-    assert not any(isinstance(part, NewGELUActivation) for part in loaded.modules())
-    assert torch.allclose(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5)
 
 
 def test_one_line_of_the_log_says_what_a_tower_is(blip2, caplog):
