@@ -83,7 +83,6 @@ _TINY = ModelConfig(
     contrast_width=64,
     contrast_temperature=1.0,
     train_final_layernorm=True,
-    lora_dropout=0.0,
     qformer_dropout=0.0,
     max_prompt_tokens=160,
     max_record_tokens=96,
