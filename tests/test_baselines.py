@@ -109,7 +109,7 @@ def test_rows_come_in_the_order_asked_for(shards, reader):
     forward, _ = fit_and_predict(shards, reader, train, test, CLASSES, "cognition", seed=0)
     backward, _ = fit_and_predict(shards, reader, train, test[::-1], CLASSES, "cognition", seed=0)
     for name in forward:
-        np.testing.assert_allclose(backward[name][::-1], forward[name])
+        np.testing.assert_allclose(backward[name][::-1], forward[name], rtol=1e-5)  # float32 sums
 
 
 def test_a_tier_without_fields_has_no_regression_and_age_says_nothing(shards, reader):
