@@ -177,7 +177,9 @@ class Seconds(NamedTuple):
 
 
 def timed(device: torch.device, do, *arguments) -> Seconds:
-    """How long a call takes, a GPU's work included in `wall`."""
+    """How long a call takes, a GPU's work included in `wall`; nothing of what was begun before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     began_at, began_at_processor = time.perf_counter(), time.process_time()
     do(*arguments)
     if device.type == "cuda":

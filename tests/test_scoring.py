@@ -47,7 +47,7 @@ def test_a_rule_is_not_chosen_for_one_more_right_answer_that_it_is_unsure_of():
     logp_NO = np.full((20, 3), -30.0)
     logp_NO[:, 0], logp_NO[:, 2] = -1.2, -1.8
     logp_NO[np.arange(20), truth_N] += 1.1
-    logp_NO[1, 2] -= 0.6  # its last scan is right by token, since the answer is longer, and wrong as a whole
+    logp_NO[1, 2] -= 0.6  # this one is right by token, since the answer is longer, and wrong as a whole
     whole, by_token = (
         probabilities(logp_NO, OPTIONS, RULES[name]).argmax(1) == truth_N for name in ("sum", "per-token")
     )
