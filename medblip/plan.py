@@ -288,11 +288,12 @@ def activations(
         # Two texts a question: record and answer.
         sizes = {"vision": sum(vision), "qformer": sum(queries) + 2 * sum(text), "language": sum(language)}
         kept[checkpointing], largest = sizes, max(largest, *vision, *queries, *text, *language)
-    # The volume itself, and the gradients on both sides of an operation on the largest tensor.
-    workspace = volume_BXYZ.nbytes + 2 * largest
-    # While the gradient of a checkpointed block is taken, it has everything again.
+    # While the gradient of a checkpointed block is taken, it has everything again, and what followed it is gone.
     block = max((kept[False][name] - kept[True][name]) // max(1, number) for name, number in num_blocks.items())
-    return {flag: Activations(**sizes, workspace=workspace + block * flag) for flag, sizes in kept.items()}
+    # The volume itself, and the gradients on both sides of an operation on the largest tensor; a block made again
+    # gives up its own tensors as their gradients come, which leaves one of these.
+    workspace = {flag: volume_BXYZ.nbytes + largest + max(largest, block * flag) for flag in kept}
+    return {flag: Activations(**sizes, workspace=workspace[flag]) for flag, sizes in kept.items()}
 
 
 def _checkpoint_blocks(tower: nn.Module, checkpointing: bool) -> int:

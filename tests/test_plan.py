@@ -141,7 +141,7 @@ def test_frozen_blocks_keep_what_the_formula_says_and_checkpointed_ones_little_m
     assert whole.vision == pytest.approx(2 * (blocks + voxels), rel=0.02)
     assert inputs.vision == pytest.approx(2 * (39 * tokens * 2 * width + voxels), rel=0.1)
     assert inputs.language < 0.2 * whole.language
-    assert inputs.qformer == whole.qformer and inputs.workspace > whole.workspace
+    assert inputs.qformer == whole.qformer and inputs.workspace >= whole.workspace
 
 
 def test_each_stage_divides_what_zero_says_it_divides():
