@@ -118,7 +118,7 @@ def measure(index: ShardIndex, options: Options) -> dict[str, float]:
         asker.options.cache_clear()
         times["encoding"].append(timed(device, encode, asker, reader, samples, TIER, options.batch, crew))
         times["asking"].append(timed(device, ask_cohort, interview, rows, DEFAULT_RULE, settings))
-        predictions, _ = ask_cohort(interview, rows, DEFAULT_RULE, settings)
+        predictions, *_ = ask_cohort(interview, rows, DEFAULT_RULE, settings)
         times["scores"].append(timed(device, analyse, {"MADEUP": predictions}, {"MADEUP": {}}, Draws(1000, 0)))
     reader.close()
     found: dict[str, float] = {"scans": len(samples), "arms": len(DEFAULT_ARMS)}

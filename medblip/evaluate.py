@@ -18,7 +18,7 @@ import math
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from medblip.arms import ARMS, DEFAULT_ARMS, ArmName, classes_of
 from medblip.config import EhrTier
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` must not wait f
 
     from medblip.analysis import Draws, Prediction
     from medblip.asking import Diagnosed, Interview
-    from medblip.scoring import Rule
+    from medblip.scoring import Options, Rule
     from medblip.shards import Sample, ShardIndex
 
 OTHER_ANSWER = "other"
@@ -40,7 +40,7 @@ WORST_MISTAKES = 6
 """Pictures of a cohort, at most."""
 
 RULE_SCANS = 400
-"""Scans of the validation split, at most, on which the rule is chosen."""
+"""Scans, at most, on which the rule is chosen and balanced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ class EvaluateOptions:
     arms: tuple[ArmName, ...] = DEFAULT_ARMS
     """What the model reads: the scan, the record, both, another subject's scan or a blank one."""
     rule: Literal["val"] | RuleName = "val"
-    """How the likelihoods of the answers are compared. val: as is best on the split val of the same shards."""
+    """How the likelihoods of the answers are compared. val: as is best on the split val of the same shards.
+    sum-balanced: so that each diagnosis is equally probable over scans of val or, where there is no val, of train."""
     vqa_scans: int = 100
     """Scans of each cohort, with a diagnosis or not, that are also asked other questions (age, sex, ...), without the
     record; 0: none."""
@@ -136,18 +137,27 @@ def evaluate(options: EvaluateOptions) -> int:
     interview = encode(assistant, reader, encoded, tier, options.batch, crew)
     reader.close()
 
-    rule, rule_entry = DEFAULT_RULE, {"chosen_on": "default", "scores": {}}
+    rule, reference, rule_entry = DEFAULT_RULE, None, {"chosen_on": "default", "scores": {}}
+    if rule_samples:
+        reference = ask_reference(interview, list(range(len(rule_samples))), options)
     if options.rule != "val":
         rule, rule_entry = RULES[options.rule], {"chosen_on": "given", "scores": {}}
     elif why_not:
         notes.append(f"answers are compared by the default rule, sum-minus-null: {why_not}")
     else:
-        rule, scores = rule_on_validation(interview, list(range(len(rule_samples))), options)
+        rule, scores = rule_on_validation(reference)
         rule_entry = {"chosen_on": "val", "scores": scores}
+    if rule.balanced:
+        if why_not:
+            notes.append(f"the answers were balanced on scans that were trained on: {why_not}")
+        on = {"split": "train" if why_not else "val", "scans": len(rule_samples)}
+        rule_entry |= {"balanced_on": on, "offsets": {}}
     cohorts, vqa, draws = {}, {}, Draws(options.bootstrap, options.seed)
     for cohort in sorted({sample.cohort for sample in samples}):
         rows = [len(rule_samples) + row for row, sample in enumerate(samples) if sample.cohort == cohort]
-        cohorts[cohort], more_notes = ask_cohort(interview, rows, rule, options)
+        cohorts[cohort], offsets, more_notes = ask_cohort(interview, rows, rule, options, reference)
+        if rule.balanced:
+            rule_entry["offsets"][cohort] = offsets
         notes += [f"{cohort}: {note}" for note in more_notes]
     row_of = {sample.key: row for row, sample in enumerate(encoded)}
     for cohort, some in questioned.items():
@@ -197,39 +207,103 @@ def samples_for_vqa(samples: list[Sample], num_scans: int) -> dict[str, list[Sam
 def samples_for_rule(
     index: ShardIndex, options: EvaluateOptions, train_subjects: frozenset[str]
 ) -> tuple[list[Sample], str]:
-    """The scans that the rule is chosen on, at most RULE_SCANS; or none, and why not."""
-    if options.rule != "val":
+    """The scans that the rule is chosen and balanced on, at most RULE_SCANS; and why it is not those of val, or "".
+
+    Those are none, or of train where a balanced rule was given.
+    """
+    is_balanced = options.rule != "val" and RULES[options.rule].balanced
+    if options.rule != "val" and not is_balanced:
         return [], "a rule was given"
+
+    def diagnosed(split: str) -> list[Sample]:
+        try:
+            samples = [sample for sample in index.samples(split) if sample.diagnosis]
+        except ValueError:
+            return []
+        return sorted(samples, key=lambda sample: sample.key)  # KEYs are hashes
+
+    samples = [sample for sample in diagnosed("val") if sample.subject not in train_subjects]
     if options.split == "val":
-        return [], "the split val is the one that is evaluated"
-    try:
-        samples = index.samples("val")
-    except ValueError:
-        return [], "the shards have no split val"
-    samples = [sample for sample in samples if sample.diagnosis and sample.subject not in train_subjects]
-    samples = sorted(samples, key=lambda sample: sample.key)[:RULE_SCANS]  # KEYs are hashes
-    if len(classes_of(sample.diagnosis for sample in samples)) < 2:
-        return [], "the split val has no two diagnoses of subjects that were not trained on"
-    return samples, ""
+        why_not = "the split val is the one that is evaluated"
+    elif len(classes_of(sample.diagnosis for sample in samples)) < 2:
+        why_not = "the shards have no split val with two diagnoses of subjects that were not trained on"
+    else:
+        return samples[:RULE_SCANS], ""
+    samples = diagnosed("train") if is_balanced else []
+    if is_balanced and len(classes_of(sample.diagnosis for sample in samples)) < 2:
+        raise ValueError(
+            f"--rule {options.rule}: {why_not}, and the split train has no two diagnoses; give another rule"
+        )
+    return samples[:RULE_SCANS], why_not
 
 
-def rule_on_validation(
-    interview: Interview, rows: list[int], options: EvaluateOptions
-) -> tuple[Rule, dict[str, float]]:
-    """The rule that is best on these scans, in the arm `both`, or `image` if no arm that is asked reads a record.
+class Reference(NamedTuple):
+    """What the scans that the rule is chosen and balanced on were answered, in each arm that reads its own scan."""
+
+    options: Options
+    offered: list[str]
+    truth: dict[str, list[str]]
+    """By arm: the diagnoses."""
+    logp: dict[str, NDArray]
+    """By arm: the log-likelihoods, `N O`."""
+
+    def offsets(self, arm: str, offered: list[str]) -> NDArray:
+        """What balances these answers in this arm; those of the arm with a scan's own image where it is another's."""
+        import numpy as np
+
+        from medblip.scoring import balancing_offsets
+
+        arm = _own_arm(arm)
+        known = [name for name in offered if name in self.offered]
+        rows = [row for row, name in enumerate(self.truth[arm]) if name in known]
+        truth_N = np.array([known.index(self.truth[arm][row]) for row in rows], dtype=int)
+        columns = [self.offered.index(name) for name in known]
+        offset_O = np.zeros(len(offered))
+        offset_O[[offered.index(name) for name in known]] = balancing_offsets(
+            truth_N, self.logp[arm][np.ix_(rows, columns)]
+        )
+        return offset_O
+
+
+def _own_arm(name: str) -> str:
+    """The arm that reads as much of a record, and a scan's own image if it reads one."""
+    if ARMS[name].image == "no scan":
+        return name
+    return "both" if ARMS[name].record else "image"
+
+
+def ask_reference(interview: Interview, rows: list[int], options: EvaluateOptions) -> Reference:
+    """Asks for the diagnosis of the scans that the rule is chosen and balanced on.
 
     Raises:
         ValueError: naming the KEY of a scan whose likelihoods are not finite.
     """
     import numpy as np
 
-    from medblip.scoring import check_likelihoods, choose_rule
+    from medblip.scoring import check_likelihoods
 
-    arm = "both" if interview.tier != "none" and any(ARMS[name].record for name in options.arms) else "image"
-    found = interview.diagnose(rows, (arm,), options.seed)
+    arms = dict.fromkeys(_own_arm(name) for name in options.arms)
+    if interview.tier != "none" and any(ARMS[name].record for name in options.arms):
+        arms |= {"both": None}
+    found = interview.diagnose(rows, tuple(arms), options.seed)
     check_likelihoods(found.logp_NO, found.options, names_of(interview, found))
-    truth_N = np.array([found.offered.index(interview.scans[one.row].sample.diagnosis) for one in found.asked])
-    return choose_rule(truth_N, found.logp_NO, found.options)
+    truth: dict[str, list[str]] = {arm: [] for arm in arms}
+    logp: dict[str, list] = {arm: [] for arm in arms}
+    for one, logp_O in zip(found.asked, found.logp_NO, strict=True):
+        truth[one.arm].append(interview.scans[one.row].sample.diagnosis)
+        logp[one.arm].append(logp_O)
+    return Reference(found.options, found.offered, truth, {arm: np.array(rows) for arm, rows in logp.items()})
+
+
+def rule_on_validation(reference: Reference) -> tuple[Rule, dict[str, float]]:
+    """The rule that is best on these scans, in the arm `both`, or `image` if no arm that is asked reads a record."""
+    import numpy as np
+
+    from medblip.scoring import choose_rule
+
+    arm = "both" if "both" in reference.logp else "image"
+    truth_N = np.array([reference.offered.index(name) for name in reference.truth[arm]])
+    return choose_rule(truth_N, reference.logp[arm], reference.options)
 
 
 def names_of(interview: Interview, found: Diagnosed) -> list[str]:
@@ -238,15 +312,18 @@ def names_of(interview: Interview, found: Diagnosed) -> list[str]:
 
 
 def ask_cohort(
-    interview: Interview, rows: list[int], rule: Rule, options: EvaluateOptions
-) -> tuple[list[Prediction], list[str]]:
+    interview: Interview, rows: list[int], rule: Rule, options: EvaluateOptions, reference: Reference | None = None
+) -> tuple[list[Prediction], dict[str, dict[str, float]], list[str]]:
     """Asks for the diagnosis of each scan of one cohort in each arm.
 
-    Returns the predictions and what a reader of them should know.
+    Returns the predictions, by arm the offsets of the answers (of a rule that is balanced), and what a reader of them
+    should know.
 
     Raises:
         ValueError: naming the KEY of a scan whose likelihoods are not finite.
     """
+    import numpy as np
+
     from medblip.analysis import Prediction
     from medblip.scoring import check_likelihoods, probabilities
 
@@ -258,14 +335,20 @@ def ask_cohort(
         notes.append(f"only {classes[0]} and {classes[1]} occur, so only these two were offered as answers")
     if len(classes) == 1:
         notes.append(f"only {classes[0]} occurs, so there is nothing to tell apart and no score")
-    p_NO = probabilities(found.logp_NO, found.options, rule).tolist()
+    offsets: dict[str, NDArray] = {}
+    if rule.balanced:
+        assert reference is not None
+        offsets = {arm: reference.offsets(arm, offered) for arm in dict.fromkeys(one.arm for one in found.asked)}
+    offset_NO = [offsets.get(one.arm, [0.0] * len(offered)) for one in found.asked]
+    p_NO = probabilities(found.logp_NO, found.options, rule, np.array(offset_NO)).tolist()
     predictions = []
     for one, p_O, written in zip(found.asked, p_NO, found.written, strict=True):
         answer = answers[p_O.index(max(p_O))]
         if one.arm == "both":
             answer = OTHER_ANSWER if written is None else answers[written]
         predictions.append(Prediction(interview.scans[one.row], one.arm, dict(zip(offered, p_O, strict=True)), answer))
-    return predictions, notes + found.notes
+    by_name = {arm: dict(zip(offered, offset_O.tolist(), strict=True)) for arm, offset_O in offsets.items()}
+    return predictions, by_name, notes + found.notes
 
 
 def fit_baselines(

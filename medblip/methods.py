@@ -131,6 +131,13 @@ def _scoring(report: Report) -> list[str]:
             f"The log-likelihood of an answer was {TERMS.get(rule.get('length'), _known(rule.get('length')))}{null}; "
             f"this rule was {CHOICES.get(rule.get('chosen_on'), f'chosen in a way that is {UNKNOWN}')}."
         )
+        if rule.get("balanced"):
+            on = rule.get("balanced_on") or {}
+            found.append(
+                "To it an offset of each answer was added, fitted in each arm so that the mean probability of all "
+                f"answers was equal over {_known(on.get('scans'))} scans of the split {_known(on.get('split'))}, each "
+                "diagnosis counting the same."
+            )
     else:
         found.append(f"How log-likelihoods were compared is {UNKNOWN}.")
     two = [name for name, arms in report["cohorts"].items() if len(next(iter(arms.values()))["classes"]) == 2]

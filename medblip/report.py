@@ -311,6 +311,9 @@ def rule_text(rule: dict[str, Any]) -> str:
     """How likelihoods of answers were compared, in words."""
     chosen = {"val": "chosen on the split val", "given": "given by option", "default": "the default"}
     null = "with the null taken off" if rule.get("minus_null") else "without taking the null off"
+    if rule.get("balanced"):
+        on = rule.get("balanced_on") or {}
+        null = f"balanced over {on.get('scans')} scans of the split {on.get('split')}"
     return f"log-likelihood, {rule.get('length')}, {null}; {chosen.get(rule.get('chosen_on'), 'unknown how chosen')}"
 
 

@@ -1,6 +1,7 @@
 """`medblip evaluate` and `medblip ask`, on a model trained for two steps on random blobs."""
 
 import csv
+import itertools
 import json
 import logging
 import shutil
@@ -17,7 +18,7 @@ from conftest import ROOT, free_port
 from medblip import cli
 from medblip.asking import Interview, Scores
 from medblip.guards import check_tier
-from medblip.scoring import RULES, choose_rule, probabilities
+from medblip.scoring import RULES, balancing_offsets, choose_rule, probabilities
 from medblip.shards import ShardIndex
 from medblip.text import DIAGNOSIS_ANSWERS
 
@@ -199,7 +200,7 @@ def test_the_rule_is_that_of_val_whatever_is_best_on_test(folder, with_val, medb
     real = Interview.score
 
     def score(interview, asks, options):
-        """Likelihoods of diagnoses by which `per-token` is always right on val and `sum-minus-null` always on test."""
+        """Likelihoods by which `sum-balanced` is always right on val and `sum-minus-null` always on test."""
         if options != answers:
             return real(interview, asks, options)
         offered = interview.asker.options(options)
@@ -219,19 +220,48 @@ def test_the_rule_is_that_of_val_whatever_is_best_on_test(folder, with_val, medb
     assert code == 0, stderr
     on_val, on_test = (choose_rule(*map(np.array, zip(*seen[name], strict=True)), seen["options"])
                        for name in ("val", "test"))  # fmt: skip
-    assert on_val[0] == RULES["per-token"] != on_test[0] == RULES["sum-minus-null"], "the two differ, else no proof"
+    assert on_val[0] == RULES["sum-balanced"], "the two differ, else no proof"
+    assert on_test[1]["sum-minus-null"] > on_test[1]["sum"], "the two differ, else no proof"
     report = json.loads((tmp_path / "report.json").read_text())
     rule = report["rule"]
-    assert (rule["length"], rule["minus_null"], rule["chosen_on"]) == ("per token", False, "val")
+    assert (rule["length"], rule["minus_null"], rule["balanced"], rule["chosen_on"]) == ("sum", False, True, "val")
     assert rule["scores"] == on_val[1] and len(seen["val"]) == 9
+    offset_O = balancing_offsets(*map(np.array, zip(*seen["val"], strict=True)))
+    assert rule["balanced_on"] == {"split": "val", "scans": 9}
+    assert list(rule["offsets"]["THREE"]["image"].values()) == pytest.approx(offset_O.tolist())
     by_key = {row["scan_id"]: row for row in read_predictions(tmp_path)}
-    p_NO = probabilities([logp for _, logp in seen["test"]], seen["options"], RULES["per-token"])
+    p_NO = probabilities([logp for _, logp in seen["test"]], seen["options"], RULES["sum-balanced"], offset_O)
     asked = [sample for sample in ShardIndex(with_val).samples("test") if sample.diagnosis]
     for sample, p_O in zip(asked, p_NO, strict=True):
         assert [float(by_key[sample.key][f"p_{name}"]) for name in DIAGNOSIS_ANSWERS] == pytest.approx(p_O.tolist())
     by_default = probabilities([logp for _, logp in seen["test"]], seen["options"], RULES["sum-minus-null"])
     assert (by_default.argmax(1) == [truth for truth, _ in seen["test"]]).all()
     assert report["cohorts"]["THREE"]["image"]["balanced_accuracy"] < 1
+
+
+def test_without_val_answers_are_balanced_on_scans_of_train_and_each_arm_by_itself(folder, medblip, tmp_path):
+    command = ["evaluate", "--model", folder / "run", "--data", folder / "shards", "--no-baselines", "--vqa-scans", 0]
+    command += ["--arms", *EVERYTHING]
+    for rule in ("sum", "sum-balanced"):
+        code, _, stderr = medblip(*command, "--rule", rule, "--out", tmp_path / rule)
+        assert code == 0, stderr
+    report = json.loads((tmp_path / "sum-balanced" / "report.json").read_text())
+    rule = report["rule"]
+    num_train = sum(bool(sample.diagnosis) for sample in ShardIndex(folder / "shards").samples("train"))
+    assert rule["balanced_on"] == {"split": "train", "scans": num_train} and rule["chosen_on"] == "given"
+    assert any("balanced on scans that were trained on" in note for note in report["notes"])
+    assert f"balanced over {num_train} scans of the split train" in (tmp_path / "sum-balanced/report.md").read_text()
+    assert f"{num_train} scans of the split train" in (tmp_path / "sum-balanced/methods.md").read_text()
+    three = rule["offsets"]["THREE"]
+    assert set(three) == set(EVERYTHING) and list(rule["offsets"]["TWO"]["image"]) == ["CN", "AD"]
+    assert three["image"] == three["shuffled_image"] == three["blank_image"] != three["both"] == three["both_shuffled"]
+    assert three["text"] != three["both"]
+    plain, balanced = (read_predictions(tmp_path / rule) for rule in ("sum", "sum-balanced"))
+    for before, after in zip(plain, balanced, strict=True):
+        offsets = rule["offsets"][before["cohort"]][before["arm"]]
+        for name, other in itertools.combinations(offsets, 2):
+            moved = [np.log(float(row[f"p_{name}"]) / float(row[f"p_{other}"])) for row in (before, after)]
+            assert moved[1] - moved[0] == pytest.approx(offsets[name] - offsets[other], abs=1e-4)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
