@@ -50,7 +50,8 @@ class Words:
     def prompts(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids `B T` and mask, padded on the left; too long a prompt loses its left part, the record's."""
         room = self.max_prompt_tokens - len(self.start_ids)
-        return _pad([self.start_ids + self._language(prompt)[-room:] for prompt in prompts], self.pad_id, left=True)
+        ids = self.language(prompts, add_special_tokens=False).input_ids  # all at once: a call costs more than a text
+        return _pad([self.start_ids + some[-room:] for some in ids], self.pad_id, left=True)
 
     def answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids `B A` with the end token and mask, padded on the right; an empty answer has no tokens."""
