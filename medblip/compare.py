@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 METRICS = {"balanced_accuracy": "balanced accuracy", "macro_auc": "macro AUC"}
 SAME_OR_SAID = ("ehr", "recipe", "rule", "commit", "bootstrap", "seed")
 """Entries of report.json whose difference is noted: it may be what is compared, or may spoil the comparison."""
+OF_EACH_MODEL = ("scores", "offsets")
+"""Of an entry `rule`, what any two models differ in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,7 @@ def differences(found: list[Evaluation]) -> list[str]:
         parts = {name: entries}
         if all(isinstance(entry, dict) for entry in entries):
             keys = dict.fromkeys(key for entry in entries for key in entry)
-            parts = {f"{name} {key}": [entry.get(key) for entry in entries] for key in keys if key != "scores"}
+            parts = {f"{name} {key}": [entry.get(key) for entry in entries] for key in keys if key not in OF_EACH_MODEL}
         for title, values in parts.items():
             if any(value != values[0] for value in values):
                 told = "; ".join(f"{one.letter}: {value}" for one, value in zip(found, values, strict=True))

@@ -170,6 +170,18 @@ def test_what_differs_beside_the_model_is_noted(tmp_path):
     assert sum("differs" in note for note in notes) == 3
 
 
+def test_offsets_of_answers_are_those_of_a_model_but_what_they_were_fitted_on_is_noted(tmp_path):
+    report, predictions = made_up_evaluation()
+    folders = []
+    for name, split, offset in (("a", "val", 0.4), ("b", "train", -0.1)):
+        rule = {"length": "sum", "minus_null": False, "balanced": True, "chosen_on": "given", "scores": {}}
+        rule |= {"balanced_on": {"split": split, "scans": 90}, "offsets": {"AIBL": {"image": {"CN": offset}}}}
+        folders.append(write(tmp_path / name, report | {"rule": rule}, predictions))
+    compare(CompareOptions(evaluations=tuple(folders), out=str(tmp_path / "out")))
+    (note,) = (note for note in json.loads((tmp_path / "out/compare.json").read_text())["notes"] if "differs" in note)
+    assert note.startswith("rule balanced_on differs") and "'split': 'val'" in note and "'split': 'train'" in note
+
+
 @pytest.mark.parametrize(
     "spoil, told",
     [
