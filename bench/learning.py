@@ -45,8 +45,9 @@ EFFECT, TIER = 0.38, "cognition"
 RECIPE = (
     *("--preset", "tiny", "--patch-edge", 8, "--questions-per-scan", 3),
     *("--record-dropout", 0.15, "--field-dropout", 0.3, "--other-questions", 0.1),
+    *("--dropout", 0),
 )
-"""The README's for small data."""
+"""The README's for small data, without the dropout of LoRA: with it doubled scored 0.73 in place of 0.74."""
 SETTINGS = {"frozen": ["--no-lora"], "no-contrast": ["--no-contrastive"]}
 Variant = Literal["base", "doubled", "permuted", "frozen", "no-contrast"]
 
