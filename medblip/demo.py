@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -88,7 +89,8 @@ def demo(options: DemoOptions) -> int:
         ("", [python, "-m", "sharding.quality", out / "shards", "--out", out / "quality"]),
         (
             f"4/6  training on {ranks} ranks",
-            [deepspeed, "--num_gpus", ranks, "train.py", "--deepspeed_config", f"ds_configs/{engine}"]
+            [deepspeed, "--num_gpus", ranks, "--master_port", _free_port(), "train.py"]
+            + ["--deepspeed_config", f"ds_configs/{engine}"]
             + ["--preset", "tiny", "--data", out / "shards", "--run", out / "run", "--seed", options.seed]
             + (["--steps", options.steps] if options.steps else []),
         ),
@@ -114,6 +116,13 @@ def demo(options: DemoOptions) -> int:
     _pictures(out)
     _summary(console, out, time.monotonic() - started_at)
     return 0
+
+
+def _free_port() -> int:
+    """Where the ranks meet; DeepSpeed's own 29500 is taken where another training runs."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 def _hardware() -> tuple[int, str]:
