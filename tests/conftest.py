@@ -41,7 +41,10 @@ LONG_FILES = (
     "test_build.py",
     "test_language.py",
     "test_evaluate.py",
+    "test_faults.py",
     "test_zero.py",
+    "test_validation.py",
+    "test_doctor.py",
     "test_distributed.py",
 )
 
