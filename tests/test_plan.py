@@ -141,7 +141,12 @@ def test_frozen_blocks_keep_what_the_formula_says_and_checkpointed_ones_little_m
     assert whole.vision == pytest.approx(2 * (blocks + voxels), rel=0.02)
     assert inputs.vision == pytest.approx(2 * (39 * tokens * 2 * width + voxels), rel=0.1)
     assert inputs.language < 0.2 * whole.language
-    assert inputs.qformer == whole.qformer and inputs.workspace >= whole.workspace
+    assert inputs.qformer == whole.qformer
+    # The largest tensor, a volume's patches, is larger here than a block that is made again; in the tiny model, not.
+    assert inputs.workspace == whole.workspace
+    tiny = model_config("tiny")
+    kept, made_again = activations(build(tiny, GRID, 2), tiny, GRID, 4).values()
+    assert made_again.workspace > kept.workspace
 
 
 def test_each_stage_divides_what_zero_says_it_divides():
