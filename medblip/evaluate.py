@@ -229,8 +229,10 @@ def samples_for_rule(
         why_not = "the shards have no split val with two diagnoses of subjects that were not trained on"
     else:
         return samples[:RULE_SCANS], ""
-    samples = diagnosed("train") if is_balanced else []
-    if is_balanced and len(classes_of(sample.diagnosis for sample in samples)) < 2:
+    if not is_balanced:
+        return [], why_not
+    samples = diagnosed("train")
+    if len(classes_of(sample.diagnosis for sample in samples)) < 2:
         raise ValueError(
             f"--rule {options.rule}: {why_not}, and the split train has no two diagnoses; give another rule"
         )
