@@ -1,5 +1,6 @@
 """What every test stands on: no network, one thread a process, and tools that CI must have."""
 
+import logging
 import os
 import shutil
 import socket
@@ -35,17 +36,21 @@ def free_port() -> str:
 
 
 # The files that take longest, for xdist to hand out first, so that no worker ends on one. The first makes the tiny
-# towers on a fresh machine; the second, which another worker begins with, does not wait for them.
+# towers on a fresh machine; the next ones, which another worker begins with, need none and do not wait for them.
 LONG_FILES = (
     "test_train.py",
     "test_build.py",
-    "test_language.py",
-    "test_evaluate.py",
+    "test_cache.py",
+    "test_baselines.py",
+    "test_madeup.py",
+    "test_data.py",
     "test_faults.py",
-    "test_zero.py",
+    "test_evaluate.py",
     "test_validation.py",
     "test_doctor.py",
+    "test_zero.py",
     "test_distributed.py",
+    "test_checkpoint.py",
 )
 
 
@@ -70,3 +75,18 @@ def made_up_shards(tmp_path_factory) -> Path:
             ):
                 subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, check=True)
     return folder / "shards"
+
+
+@pytest.fixture
+def medblip(monkeypatch, capfd):
+    """Runs a command of the product in this process: (exit code, stdout, stderr)."""
+    from medblip import cli
+
+    monkeypatch.setattr(logging.root, "handlers", [])  # the command sets its own; pytest's come back afterwards
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medblip", *map(str, arguments)])
+        code = cli.main()
+        return code, *capfd.readouterr()
+
+    return run

@@ -213,11 +213,6 @@ def test_too_few_open_files_and_too_little_shared_memory_are_warned_of(job, monk
     assert found["/dev/shm"][0].state == WARNING and "shm-size" in found["/dev/shm"][0].advice
 
 
-def doctor_command(*options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "medblip.cli", "doctor", *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_train_refuses_a_job_with_several_faults_in_one_message(job, tmp_path):
     engine = tmp_path / "engine.json"
     engine.write_text('{"bf16": {"enabeld": true}}')
@@ -230,26 +225,26 @@ def test_train_refuses_a_job_with_several_faults_in_one_message(job, tmp_path):
     assert not (Path(job.run) / "checkpoints").exists()
 
 
-def test_the_command_compares_the_frozen_towers_and_sees_another_job(job):
+def test_the_command_compares_the_frozen_towers_and_sees_another_job(job, medblip):
     command = [sys.executable, "train.py", "--deepspeed_config", job.deepspeed_config, "--data", job.data]
     command += ["--run", job.run, "--steps", "1", "--global-batch", "4"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    good = doctor_command("--run", job.run, "--json")
-    found = json.loads(good.stdout)
-    assert good.returncode == 0 and all(finding["state"] != FAIL for finding in found), good.stdout + good.stderr
+    code, stdout, stderr = medblip("doctor", "--run", job.run, "--json")
+    found = json.loads(stdout)
+    assert code == 0 and all(finding["state"] != FAIL for finding in found), stdout + stderr
     assert sum(finding["about"] == "frozen towers" for finding in found) == 2
 
     settings = json.loads((Path(job.run) / "config.json").read_text())
     settings["frozen"]["vision"] = "0" * 16
     (Path(job.run) / "config.json").write_text(json.dumps(settings))
     with lock(Path(job.run)):
-        bad = doctor_command("--run", job.run)
-    assert bad.returncode == 1
-    assert f"vision was {'0' * 16} at the start of the run, now" in bad.stdout
-    assert "another job is training here" in bad.stdout
+        code, stdout, _ = medblip("doctor", "--run", job.run)
+    assert code == 1
+    assert f"vision was {'0' * 16} at the start of the run, now" in stdout
+    assert "another job is training here" in stdout
 
 
-def test_it_answers_where_nothing_is_given(tmp_path):
-    done = doctor_command()
-    assert done.returncode == 0 and "0 FAIL" in done.stdout, done.stdout + done.stderr
-    assert "made here once from a seed" in done.stdout
+def test_it_answers_where_nothing_is_given(medblip):
+    code, stdout, stderr = medblip("doctor")
+    assert code == 0 and "0 FAIL" in stdout, stdout + stderr
+    assert "made here once from a seed" in stdout

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, free_port
 
-from medblip import cli
 from medblip.asking import Interview, Scores
 from medblip.guards import check_tier
 from medblip.scoring import RULES, balancing_offsets, choose_rule, probabilities
@@ -80,19 +78,6 @@ def with_val(folder):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "with_val"
-
-
-@pytest.fixture
-def medblip(monkeypatch, capfd):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(logging.root, "handlers", [])  # the command sets its own; pytest's come back afterwards
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medblip", *map(str, arguments)])
-        code = cli.main()
-        return code, *capfd.readouterr()
-
-    return run
 
 
 def read_predictions(out: Path) -> list[dict]:

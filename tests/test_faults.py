@@ -8,7 +8,6 @@ from conftest import ROOT
 
 SAMPLE = (
     "SIGKILL at 'save: in the data' *, another",
-    "SIGTERM at 'forward, second micro-step' *",
     "exception at 'optimizer, between its groups' *",
     "moments are not restored",  # planted in the product: the suite must find it
 )

@@ -56,12 +56,12 @@ def test_every_nth_step_has_its_numbers_and_the_best_checkpoint_outlives_newer_o
     assert (validated / "latest").read_text().strip() == "step-6"
 
 
-def test_validation_says_what_evaluate_says(shards, validated, tmp_path):
+def test_validation_says_what_evaluate_says(shards, validated, medblip, tmp_path):
     for which, step in (("latest", 6), ("best", best_of(validated)["step"])):
-        command = f"-m medblip.cli evaluate --model {validated} --checkpoint {which} --data {shards} --split val"
+        command = f"evaluate --model {validated} --checkpoint {which} --data {shards} --split val"
         command += f" --out {tmp_path / which} --rule sum-minus-null --arms both image"
-        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        code, _, stderr = medblip(*command.split())
+        assert code == 0, stderr
         report = json.loads((tmp_path / which / "report.json").read_text())
         assert report["model"] == f"validated/step-{step}"
         (cohort,) = report["cohorts"].values()
