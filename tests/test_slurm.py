@@ -4,6 +4,7 @@ What is disturbed is compared with a run that was not: the same steps with the s
 and moments, a ledger in which every sample stands once.
 """
 
+import csv
 import json
 import os
 import shutil
@@ -83,6 +84,13 @@ def slurm(env, *command, cwd=ROOT) -> str:
     return done.stdout.strip()
 
 
+def python(*command) -> str:
+    """What a command of the product prints, here and not as a job."""
+    done = subprocess.run([*map(str, (sys.executable, *command))], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def submit(cluster, shards, run, *sbatch_options, cwd=ROOT, **variables) -> Job:
     """`sbatch slurm/pretrain.sh` from the folder `cwd`, for two nodes without GPUs."""
     command = ["sbatch", "--parsable", f"--output={run}.log", "-N2", "--ntasks-per-node=1", "--cpus-per-task=1"]
@@ -104,10 +112,7 @@ def losses_of(run) -> list[dict]:
 
 
 def ledger_of(run) -> dict:
-    command = [sys.executable, "-m", "medblip.cli", "ledger", str(run), "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+    return json.loads(python("-m", "medblip.cli", "ledger", run, "--json"))
 
 
 def assert_same(run, undisturbed) -> None:
@@ -151,6 +156,25 @@ def test_it_trains_two_nodes_to_the_end_with_a_log_for_each_rank(cluster, undist
     log = undisturbed.with_suffix(".log").read_text()
     assert "newest checkpoint: none" in log and f"done: {STEPS} steps" in log
     assert [path.name.split("-")[1] for path in sorted(undisturbed.glob("logs/*.log"))] == ["rank0.log", "rank1.log"]
+
+
+def test_an_evaluation_on_two_nodes_says_what_one_process_says(cluster, undisturbed, medblip, tmp_path):
+    python("-m", "sharding.madeup", "--out", tmp_path, "--subjects", 6, "--cohort", "OTHERS", "--workers", 1)
+    with open(tmp_path / "manifest.csv", newline="") as file:
+        rows = [row | {"split": "test"} for row in csv.DictReader(file)]
+    with open(tmp_path / "test.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    manifest, size = ["--manifest", tmp_path / "test.csv"], ["--size", 48, "--spacing-mm", 4.5]
+    python("-m", "sharding.build", *manifest, "--out", tmp_path / "shards", *size)
+    asked = ["--model", undisturbed, "--data", tmp_path / "shards", "--split", "test", "--seed", 1]
+    job = ["sbatch", "--wait", f"--output={tmp_path}/job.log", "-N2", "--cpus-per-task=1", "--gpus-per-node=0"]
+    slurm(cluster, *job, ROOT / "slurm/evaluate.sh", *asked, "--out", tmp_path / "nodes")
+    code, _, stderr = medblip("evaluate", *asked, "--out", tmp_path / "one")
+    assert code == 0, stderr
+    for name in ("report.json", "predictions.csv"):
+        assert (tmp_path / "nodes" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
 def test_a_preempted_job_saves_makes_room_and_goes_on(job, undisturbed, slow_disk):
