@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import train
@@ -22,6 +23,8 @@ def watched_step(parts, *rest):
     losses = real_step(parts, *rest)
     if len(engines) == int(os.environ["STOP_AFTER"]):
         os.kill(os.getpid(), signal.SIGTERM)
+        while not parts.stopping.wanted:  # another thread takes note of it, and the next step may be faster
+            time.sleep(0.001)
     return losses
 
 
