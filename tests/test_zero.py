@@ -130,13 +130,25 @@ def test_every_ds_config_follows_the_plain_loop(made_up_shards, tmp_path, engine
     check(tmp_path / "run", fingerprints, plain_losses(made_up_shards, torch.bfloat16), TOLERANCE_BF16, made_up_shards)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(made_up_shards, tmp_path_factory):
+    """The run of 12 steps with an engine, made once."""
+
+    @functools.cache
+    def run(engine):
+        folder = tmp_path_factory.mktemp("undisturbed") / engine
+        train_on_ranks(made_up_shards, folder, engine, steps=12)
+        return folder
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then", "ranks"), [("zero2", "zero3", 2), ("zero3_offload", "zero1", 2), ("zero2", "zero2", 1)]
 )
-def test_a_run_goes_on_at_another_stage_or_world_size(made_up_shards, tmp_path, first, then, ranks):
-    whole, changed = tmp_path / "whole", tmp_path / "changed"
-    train_on_ranks(made_up_shards, whole, first, steps=12)
+def test_a_run_goes_on_at_another_stage_or_world_size(made_up_shards, undisturbed, tmp_path, first, then, ranks):
+    whole, changed = undisturbed(first), tmp_path / "changed"
     train_on_ranks(made_up_shards, changed, first, steps=12, stop_after=6)
     assert (changed / "latest").read_text().strip() == "step-6"
     train_on_ranks(made_up_shards, changed, then, steps=12, ranks=ranks)
