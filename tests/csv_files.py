@@ -1,4 +1,4 @@
-"""Tables of a written release, for tests that spoil them."""
+"""Tables that a command wrote, for tests that read, split or spoil them."""
 
 import csv
 from collections.abc import Callable

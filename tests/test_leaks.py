@@ -9,10 +9,12 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from csv_files import edit
 from test_train import run_training
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -20,12 +22,8 @@ SUBJECTS, TESTED = 90, 36
 TRAINED = ("--ehr", "none", "--steps", 120, "--checkpoint-every", 1000, "--other-questions", 0, "--global-batch", 16)
 
 
-def train_and_evaluate(folder, permuted: bool):
-    """Predictions by arm: (diagnosis, answer) of each scan of 36 held-out patients."""
-    command = f"-m sharding.madeup --out {folder}/raw --subjects {SUBJECTS} --effect 3 --workers 1"
-    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
-    with open(folder / "raw/manifest.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+def split(permuted: bool, rows: list[dict]) -> list[dict]:
+    """The last patients are tested on; the diagnoses of the others are dealt out anew, if so asked."""
     train, test = rows[: SUBJECTS - TESTED], rows[SUBJECTS - TESTED :]
     diagnoses = [row["diagnosis"] for row in train]
     if permuted:
@@ -36,14 +34,16 @@ def train_and_evaluate(folder, permuted: bool):
             rows_of = draw.permutation(np.flatnonzero(np.array(diagnoses) == name))
             told[rows_of] = np.resize(["CN", "MCI", "AD"], len(rows_of))
         diagnoses = told.tolist()
-    with open(folder / "raw/split.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(
-            row | {"diagnosis": name, "split": "train"} for row, name in zip(train, diagnoses, strict=True)
-        )
-        writer.writerows(row | {"split": "test"} for row in test)
-    command = f"-m sharding.build --manifest {folder}/raw/split.csv --out {folder}/shards --size 48 --spacing-mm 4.5"
+    trained = [row | {"diagnosis": name, "split": "train"} for row, name in zip(train, diagnoses, strict=True)]
+    return trained + [row | {"split": "test"} for row in test]
+
+
+def train_and_evaluate(folder, permuted: bool):
+    """Predictions by arm: (diagnosis, answer) of each scan of 36 held-out patients."""
+    command = f"-m sharding.madeup --out {folder}/raw --subjects {SUBJECTS} --effect 3 --workers 1"
+    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
+    edit(folder / "raw/manifest.csv", partial(split, permuted))
+    command = f"-m sharding.build --manifest {folder}/raw/manifest.csv --out {folder}/shards --size 48 --spacing-mm 4.5"
     subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
     run_training(folder / "shards", folder / "run", *TRAINED, "--micro-batch", 16)
     command = f"-m medblip.cli evaluate --model {folder}/run --data {folder}/shards --out {folder}/out"

@@ -4,7 +4,6 @@ What is disturbed is compared with a run that was not: the same steps with the s
 and moments, a ledger in which every sample stands once.
 """
 
-import csv
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, require_tool
+from csv_files import edit
 from slurm_cluster import slurm_cluster
 
 from medblip.checkpoint import TENSORS
@@ -160,13 +160,8 @@ def test_it_trains_two_nodes_to_the_end_with_a_log_for_each_rank(cluster, undist
 
 def test_an_evaluation_on_two_nodes_says_what_one_process_says(cluster, undisturbed, medblip, tmp_path):
     python("-m", "sharding.madeup", "--out", tmp_path, "--subjects", 6, "--cohort", "OTHERS", "--workers", 1)
-    with open(tmp_path / "manifest.csv", newline="") as file:
-        rows = [row | {"split": "test"} for row in csv.DictReader(file)]
-    with open(tmp_path / "test.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    manifest, size = ["--manifest", tmp_path / "test.csv"], ["--size", 48, "--spacing-mm", 4.5]
+    edit(tmp_path / "manifest.csv", lambda rows: [row | {"split": "test"} for row in rows])
+    manifest, size = ["--manifest", tmp_path / "manifest.csv"], ["--size", 48, "--spacing-mm", 4.5]
     python("-m", "sharding.build", *manifest, "--out", tmp_path / "shards", *size)
     asked = ["--model", undisturbed, "--data", tmp_path / "shards", "--split", "test", "--seed", 1]
     job = ["sbatch", "--wait", f"--output={tmp_path}/job.log", "-N2", "--cpus-per-task=1", "--gpus-per-node=0"]

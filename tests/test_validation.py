@@ -1,6 +1,5 @@
 """Validation during training: the numbers of `medblip evaluate`, the best checkpoint kept, nothing learned anew."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -8,9 +7,18 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port
+from csv_files import edit
 from test_train import STATE_FILES, metrics, run_training, train_command
 
 VALIDATED = ("--steps", 6, "--checkpoint-every", 3, "--validate-every", 2, "--keep-checkpoints", 1)
+
+
+def split_by_subject(rows: list[dict]) -> list[dict]:
+    """A subject of each diagnosis that has two is the split val, the others train."""
+    subjects = {name: {row["subject_id"] for row in rows if row["diagnosis"] == name} for name in ("CN", "MCI", "AD")}
+    held_out = {min(found) for found in subjects.values() if len(found) > 1}
+    assert len(held_out) >= 2
+    return [row | {"split": "val" if row["subject_id"] in held_out else "train"} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -19,16 +27,8 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("validation")
     command = f"-m sharding.madeup --out {folder}/release --subjects 9 --workers 1"
     subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
-    with open(folder / "release/manifest.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    subjects = {name: {row["subject_id"] for row in rows if row["diagnosis"] == name} for name in ("CN", "MCI", "AD")}
-    held_out = {min(found) for found in subjects.values() if len(found) > 1}
-    assert len(held_out) >= 2
-    with open(folder / "release/split.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(row | {"split": "val" if row["subject_id"] in held_out else "train"} for row in rows)
-    command = f"-m sharding.build --manifest {folder}/release/split.csv --out {folder}/shards --size 48"
+    edit(folder / "release/manifest.csv", split_by_subject)
+    command = f"-m sharding.build --manifest {folder}/release/manifest.csv --out {folder}/shards --size 48"
     subprocess.run([sys.executable, *command.split(), "--spacing-mm", "4.5"], cwd=ROOT, check=True)
     return folder / "shards"
 
